@@ -1,0 +1,92 @@
+"""Steps are made of the same examples whatever the ranks, and their weights add up to the mean over the step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.sampler import StepSampler, balance
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+def sampler(tokens: list[int], **kwargs) -> StepSampler:
+    return StepSampler(tokens, [max(1, t // 2) for t in tokens], **kwargs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
+def test_every_rank_makes_as_many_forwards_and_every_example_counts_once(tokens, batch_size, accumulate, ranks) -> None:
+    per_rank = [
+        list(sampler(tokens, batch_size=batch_size, accumulate=accumulate, ranks=ranks, rank=r, seed=3))
+        for r in range(ranks)
+    ]
+    steps = -(-len(tokens) // batch_size)
+    assert {len(part) for part in per_rank} == {steps * accumulate}
+    seen = [i for part in per_rank for micro in part if micro.share.example_weight for i in micro.indices]
+    assert sorted(seen) == list(range(len(tokens)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
+def test_weights_make_the_mean_over_the_step(tokens, batch_size, accumulate, ranks) -> None:
+    scored = [max(1, t // 2) for t in tokens]
+    parts = [
+        list(StepSampler(tokens, scored, batch_size, accumulate, ranks, rank=r, seed=1)) for r in range(ranks)
+    ]
+    for step in range(-(-len(tokens) // batch_size)):
+        micros = [parts[r][step * accumulate + k] for r in range(ranks) for k in range(accumulate)]
+        # Lightning divides by accumulate, the reduction over ranks by ranks; then the weights must sum to 1.
+        examples = sum(m.share.example_weight * len(m.indices) for m in micros) / (accumulate * ranks)
+        each_token = sum(m.share.token_weight * sum(scored[i] for i in m.indices) for m in micros) / (accumulate * ranks)
+        assert examples == pytest.approx(1)
+        assert each_token == pytest.approx(1)
+        assert [m.share.last for m in micros[:accumulate]] == [False] * (accumulate - 1) + [True]
+
+
+def test_a_steps_examples_do_not_depend_on_how_it_is_split() -> None:
+    tokens = [(7 * i) % 23 + 1 for i in range(30)]
+
+    def steps(accumulate: int, ranks: int) -> list[set[int]]:
+        parts = [
+            list(sampler(tokens, batch_size=8, accumulate=accumulate, ranks=ranks, rank=r, seed=5)) for r in range(ranks)
+        ]
+        return [
+            {
+                i
+                for part in parts
+                for m in part[s * accumulate : (s + 1) * accumulate]
+                if m.share.example_weight
+                for i in m.indices
+            }
+            for s in range(4)
+        ]
+
+    assert steps(1, 1) == steps(4, 1) == steps(2, 2) == steps(1, 3)
+
+
+def test_epochs_differ_and_repeat() -> None:
+    one = sampler(list(range(1, 21)), batch_size=5, seed=9)
+    first = [m.indices for m in one]
+    one.set_epoch(1)
+    second = [m.indices for m in one]
+    one.set_epoch(0)
+    assert first != second
+    assert [m.indices for m in one] == first
+
+
+def test_seek_continues_where_it_was() -> None:
+    whole = sampler(list(range(1, 21)), batch_size=4, accumulate=2, seed=9)
+    rest = sampler(list(range(1, 21)), batch_size=4, accumulate=2, seed=9)
+    rest.seek(0, 3)
+    assert [m.indices for m in rest] == [m.indices for m in whole][6:]
+    rest.seek(0, 5)  # the epoch was over
+    whole.set_epoch(1)
+    assert [m.indices for m in rest] == [m.indices for m in whole]
+
+
+def test_balance_is_near_equal() -> None:
+    tokens = [(37 * i) % 101 + 1 for i in range(64)]
+    loads = [sum(tokens[i] for i in part) for part in balance(range(64), tokens, 4)]
+    assert max(loads) - min(loads) <= max(tokens)

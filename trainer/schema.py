@@ -1,0 +1,143 @@
+"""The records and tensors that every floor speaks of: shapes and words are stated once, here.
+
+Records (before tokenisation): `Demonstration`, `Preference`. Token ids: `TokenizedDemonstration`, `TokenizedPreference`.
+Tensors: `Rows` (what goes through the model), `PreferenceBatch`, `SupervisedBatch`, and `PairLogps` (what comes out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Split = Literal["train", "validation", "test"]
+
+
+class UserError(ValueError):
+    """What a user gave wrong: one line that names the file, field and value, and says what would be right.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Text = str | Sequence[Message]
+"""Plain text, or the turns of a chat."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A prompt and the completion to imitate. `origin` says where it stood (file and line), for messages."""
+
+    prompt: Text
+    completion: Text
+    id: str
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt and two completions, of which `chosen` is the better. `origin` says where it stood."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    id: str
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenizedDemonstration:
+    """`prompt` opens with BOS (where the tokenizer has one), `completion` closes with EOS unless it was cut."""
+
+    prompt: list[int]
+    completion: list[int]
+    id: str
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenizedPreference:
+    """`prompt` opens with BOS (where the tokenizer has one), both completions close with EOS unless cut."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    id: str
+
+    @property
+    def tokens(self) -> int:
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@dataclasses.dataclass
+class Rows:
+    """What one forward pass reads, whatever the layout.
+
+    The hidden state at flat position `scored_positions[i]` (row * time + column) predicts `scored_tokens[i]`,
+    which belongs to completion `scored_sequence[i]` of `sequences`.
+    """
+
+    input_ids: Int[Tensor, "row time"]
+    attention_mask: Int[Tensor, "row time"]
+    position_ids: Int[Tensor, "row time"]
+    scored_positions: Int[Tensor, " scored"]
+    scored_tokens: Int[Tensor, " scored"]
+    scored_sequence: Int[Tensor, " scored"]
+    sequences: int
+    tokens: int
+
+
+@dataclasses.dataclass
+class StepShare:
+    """What a micro-batch is of its optimizer step.
+
+    `example_weight` times the sum of per-example losses, plus `token_weight` times the sum of per-token losses, is
+    the loss to back-propagate: accumulation (which divides by the number of micro-batches) and the mean over ranks
+    then give exactly the mean over the step. A filler micro-batch has both weights 0.
+    """
+
+    example_weight: float
+    token_weight: float
+    last: bool
+
+
+@dataclasses.dataclass
+class PreferenceBatch:
+    """`rows.sequences` is 2 * pairs: the chosen completions 0..pairs-1, then the rejected ones in the same order."""
+
+    rows: Rows
+    pairs: int
+    ids: list[str]
+    share: StepShare
+
+
+@dataclasses.dataclass
+class SupervisedBatch:
+    """`rows.sequences` is the number of demonstrations."""
+
+    rows: Rows
+    ids: list[str]
+    share: StepShare
+
+
+@dataclasses.dataclass
+class PairLogps:
+    """Log-probabilities of the completions of a batch of pairs: *sums* over completion tokens (nats), and their counts."""
+
+    chosen: Float[Tensor, " pair"]
+    rejected: Float[Tensor, " pair"]
+    chosen_tokens: Int[Tensor, " pair"]
+    rejected_tokens: Int[Tensor, " pair"]
