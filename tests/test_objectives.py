@@ -87,7 +87,12 @@ def test_robust_is_unbiased_under_flips() -> None:
 @pytest.mark.parametrize("h", [1e4, -1e4])
 def test_extremes_are_finite(h: float) -> None:
     value = torch.tensor([h], requires_grad=True)
-    total = dpo_loss(value, 1.0, 0.1) + robust_loss(value, 1.0, 0.1) + hinge_loss(value, 1.0) + ipo_loss(value, 1.0)
+    total = (
+        dpo_loss(value, 1.0, 0.1)
+        + robust_loss(value, 1.0, 0.1)
+        + hinge_loss(value, 1.0)
+        + ipo_loss(value, 1.0)
+    )
     total.sum().backward()
     assert torch.isfinite(total).all()
     assert torch.isfinite(value.grad).all()

@@ -52,7 +52,9 @@ def config(family: str, vocab_size: int, hidden: int = 32, layers: int = 2) -> P
     """A config of `family`: llama, mistral, qwen2, gemma2 or gpt2."""
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family == "gpt2":
-        return GPT2Config(vocab_size=vocab_size, n_embd=hidden, n_layer=layers, n_head=4, n_positions=512, **ids)
+        return GPT2Config(
+            vocab_size=vocab_size, n_embd=hidden, n_layer=layers, n_head=4, n_positions=512, **ids
+        )
     common = dict(
         vocab_size=vocab_size,
         hidden_size=hidden,

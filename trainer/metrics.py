@@ -39,7 +39,7 @@ class Means(Metric):
         self.names = tuple(names)
         self.add_state("totals", torch.zeros(2, len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, values: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+    def update(self, values: Mapping[str, tuple[Tensor | float | int, Tensor | float | int]]) -> None:
         for name, (total, count) in values.items():
             column = self.names.index(name)
             self.totals[0, column] += total

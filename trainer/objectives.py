@@ -88,7 +88,9 @@ class ObjectiveConfig:
         if self.label_smoothing and self.loss in ("ipo", "hinge"):
             raise UserError(f"objective.label_smoothing: has no effect with loss {self.loss}; set it to 0")
         if self.loss == "robust" and not self.label_smoothing:
-            raise UserError("objective.loss: robust without label_smoothing is sigmoid; say sigmoid, or set label_smoothing")
+            raise UserError(
+                "objective.loss: robust without label_smoothing is sigmoid; say sigmoid, or set label_smoothing"
+            )
         if self.average and self.loss != "ipo":
             raise UserError(f"objective.average: has an effect with loss ipo only, not {self.loss}")
 

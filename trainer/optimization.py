@@ -42,7 +42,9 @@ class OptimizerConfig:
         if self.betas is not None and self.name != "adamw":
             raise UserError(f"optimizer.betas: has no effect with {self.name}; leave it out or say adamw")
         if self.momentum is not None and self.name not in ("sgd", "rmsprop"):
-            raise UserError(f"optimizer.momentum: has no effect with {self.name}; leave it out or say sgd or rmsprop")
+            raise UserError(
+                f"optimizer.momentum: has no effect with {self.name}; leave it out or say sgd or rmsprop"
+            )
         if self.eps is not None and self.name in ("sgd", "adafactor"):
             raise UserError(f"optimizer.eps: has no effect with {self.name}; leave it out")
 

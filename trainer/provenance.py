@@ -13,7 +13,16 @@ from typing import Any
 
 from trainer.schema import UserError
 
-PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "deepspeed", "torchmetrics", "jsonargparse")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "datasets",
+    "deepspeed",
+    "torchmetrics",
+    "jsonargparse",
+)
 _CODE = ("trainer", "callbacks", "launch")
 
 
@@ -32,8 +41,12 @@ def git_revision(folder: Path | None = None) -> str | None:
     """The checkout's commit, with `+dirty` where files differ from it; None outside a checkout."""
     folder = folder or Path(__file__).resolve().parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")

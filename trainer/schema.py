@@ -104,9 +104,9 @@ class Rows:
 class StepShare:
     """What a micro-batch is of its optimizer step.
 
-    `example_weight` times the sum of per-example losses, plus `token_weight` times the sum of per-token losses, is
-    the loss to back-propagate: accumulation (which divides by the number of micro-batches) and the mean over ranks
-    then give exactly the mean over the step. A filler micro-batch has both weights 0.
+    The loss to back-propagate is `example_weight` times the sum of per-example losses plus `token_weight` times the
+    sum of per-token losses: accumulation (which divides by the number of micro-batches) and the mean over ranks then
+    give exactly the mean over the step. A filler micro-batch has both weights 0.
     """
 
     example_weight: float
@@ -116,7 +116,7 @@ class StepShare:
 
 @dataclasses.dataclass
 class PreferenceBatch:
-    """`rows.sequences` is 2 * pairs: the chosen completions 0..pairs-1, then the rejected ones in the same order."""
+    """`rows.sequences` is 2 * pairs: the chosen completions first, then the rejected ones in the same order."""
 
     rows: Rows
     pairs: int
@@ -135,7 +135,7 @@ class SupervisedBatch:
 
 @dataclasses.dataclass
 class PairLogps:
-    """Log-probabilities of the completions of a batch of pairs: *sums* over completion tokens (nats), and their counts."""
+    """Log-probabilities of a batch's completions: *sums* over completion tokens (nats), and their counts."""
 
     chosen: Float[Tensor, " pair"]
     rejected: Float[Tensor, " pair"]

@@ -1,4 +1,4 @@
-"""Steps are made of the same examples whatever the ranks, and their weights add up to the mean over the step."""
+"""Steps hold the same examples whatever the ranks, and their weights add up to the mean over the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def sampler(tokens: list[int], **kwargs) -> StepSampler:
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
-def test_every_rank_makes_as_many_forwards_and_every_example_counts_once(tokens, batch_size, accumulate, ranks) -> None:
+def test_every_rank_makes_as_many_forwards_and_every_example_counts_once(
+    tokens, batch_size, accumulate, ranks
+) -> None:
     per_rank = [
         list(sampler(tokens, batch_size=batch_size, accumulate=accumulate, ranks=ranks, rank=r, seed=3))
         for r in range(ranks)
@@ -39,7 +41,9 @@ def test_weights_make_the_mean_over_the_step(tokens, batch_size, accumulate, ran
         micros = [parts[r][step * accumulate + k] for r in range(ranks) for k in range(accumulate)]
         # Lightning divides by accumulate, the reduction over ranks by ranks; then the weights must sum to 1.
         examples = sum(m.share.example_weight * len(m.indices) for m in micros) / (accumulate * ranks)
-        each_token = sum(m.share.token_weight * sum(scored[i] for i in m.indices) for m in micros) / (accumulate * ranks)
+        each_token = sum(m.share.token_weight * sum(scored[i] for i in m.indices) for m in micros) / (
+            accumulate * ranks
+        )
         assert examples == pytest.approx(1)
         assert each_token == pytest.approx(1)
         assert [m.share.last for m in micros[:accumulate]] == [False] * (accumulate - 1) + [True]
@@ -50,7 +54,8 @@ def test_a_steps_examples_do_not_depend_on_how_it_is_split() -> None:
 
     def steps(accumulate: int, ranks: int) -> list[set[int]]:
         parts = [
-            list(sampler(tokens, batch_size=8, accumulate=accumulate, ranks=ranks, rank=r, seed=5)) for r in range(ranks)
+            list(sampler(tokens, batch_size=8, accumulate=accumulate, ranks=ranks, rank=r, seed=5))
+            for r in range(ranks)
         ]
         return [
             {

@@ -41,7 +41,10 @@ def test_equals_plain_transformers(models, family: str, count: int) -> None:
     batch = pairs(count, seed=count)
     logps = pair_logps(model, concatenated(batch, 0, WHOLE))
     for i, one in enumerate(batch):
-        chosen, rejected = plain_logp(model, one.prompt, one.chosen), plain_logp(model, one.prompt, one.rejected)
+        chosen, rejected = (
+            plain_logp(model, one.prompt, one.chosen),
+            plain_logp(model, one.prompt, one.rejected),
+        )
         # Sums over up to 20 tokens: 1e-5 for each token.
         assert logps.chosen[i].item() == pytest.approx(chosen, abs=1e-5 * len(one.chosen), rel=1e-6)
         assert logps.rejected[i].item() == pytest.approx(rejected, abs=1e-5 * len(one.rejected), rel=1e-6)
@@ -75,7 +78,9 @@ def test_one_token_completion_and_identical_ones(tiny_llama) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     batch = concatenated([TokenizedPreference([1], [2], [2], "same")], 0, WHOLE)
     logps = pair_logps(model, batch)
-    assert logps.chosen.item() == logps.rejected.item() == pytest.approx(plain_logp(model, [1], [2]), abs=1e-5)
+    assert (
+        logps.chosen.item() == logps.rejected.item() == pytest.approx(plain_logp(model, [1], [2]), abs=1e-5)
+    )
 
 
 def test_scaled_logits_go_through_the_model_itself(tmp_path) -> None:

@@ -46,7 +46,9 @@ def padded_rows(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: 
     )
 
 
-def concatenated(pairs: Sequence[TokenizedPreference], pad_token_id: int, share: StepShare) -> PreferenceBatch:
+def concatenated(
+    pairs: Sequence[TokenizedPreference], pad_token_id: int, share: StepShare
+) -> PreferenceBatch:
     """All chosen rows, then all rejected rows, padded to one length, for one concatenated forward."""
     chosen = [(pair.prompt, pair.chosen) for pair in pairs]
     rejected = [(pair.prompt, pair.rejected) for pair in pairs]

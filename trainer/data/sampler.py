@@ -96,7 +96,9 @@ class StepSampler(DistributedSampler):
 
     def _order(self, epoch: int) -> np.ndarray:
         count = len(self.tokens)
-        return np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
+        return (
+            np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
+        )
 
     def _micro_batches(self, indices: list[int]) -> Iterator[MicroBatch]:
         parts = balance(indices, self.tokens, self.accumulate * self.num_replicas)

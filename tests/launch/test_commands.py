@@ -1,0 +1,175 @@
+"""generate, evaluate, report, inspect, data and export on a tiny model with a trained adapter."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.cli import main
+from launch.commands.generate import parser as generate_parser
+from launch.models import answering
+from tests.launch.helpers import fit_config, tandem
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama):
+    """A run's folder with a trained adapter, and its config."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = fit_config(folder, tiny_llama, steps=3)
+    assert main(["fit", "--config", str(config), "--run", str(folder / "run")]) == 0
+    return folder / "run", config
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(models):
+    return models("llama")
+
+
+SHORT = ["--max_new_tokens", "5"]
+
+
+def test_generate_prints_the_answer_and_nothing_else(trained):
+    run, _ = trained
+    shown = tandem(["generate", "--adapter", str(run), "--prompt", "coat", *SHORT])
+    assert shown.returncode == 0, shown.stderr
+    ready = answering(generate_parser().parse_args(["--adapter", str(run)]))
+    ids = torch.tensor([ready.tokenizer("Repeat: coat\n").input_ids])
+    answer = ready.model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert shown.stdout == ready.tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+
+
+def test_the_prompt_template_of_the_checkpoint_is_used_unless_raw(trained, capsys):
+    run, _ = trained
+    answers = []
+    for extra in (
+        ["--prompt", "coat"],
+        ["--raw", "--prompt", "Repeat: coat\n"],
+        ["--raw", "--prompt", "coat"],
+    ):
+        assert main(["generate", "--adapter", str(run), *SHORT, *extra]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_prompt_from_stdin(trained, capsys, monkeypatch):
+    run, _ = trained
+    outputs = []
+    for prompt in ("coat", "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"coat\n"), encoding="utf-8"))
+        assert main(["generate", "--adapter", str(run), "--prompt", prompt, *SHORT]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_conversation_remembers_until_told_to_forget(trained, capsys, monkeypatch):
+    run, _ = trained
+    answers = []
+    for said in ("one\ntwo\n", "one\n/new\ntwo\n/exit\nthree\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        assert main(["generate", "--chat", "--adapter", str(run), "--max_new_tokens", "30"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert (
+        main(["generate", "--chat", "--adapter", str(run), "--prompt", "two", "--max_new_tokens", "30"]) == 0
+    )
+    alone = capsys.readouterr().out
+    assert answers[1].endswith(alone) and not answers[0].endswith(alone)
+
+
+def test_evaluate_letters_writes_rates_intervals_and_examples(trained, tmp_path, capsys):
+    run, _ = trained
+    lines, table = tmp_path / "lines.txt", tmp_path / "table.jsonl"
+    lines.write_text("The coat cost more\nсорок сорок\nleft out\n", encoding="utf-8")
+    table.write_text(json.dumps({"said": "another coat"}) + "\n")
+    output = tmp_path / "out.json"
+    arguments = ["evaluate", "letters", "--adapter", str(run), "--limit", "2", "--cut", "8", "--full"]
+    assert main([*arguments, "--texts", str(lines), "--output", str(output), *SHORT]) == 0
+    result = json.loads(output.read_text())
+    assert {"substitution_rate", "keep_rate", "substitution_interval", "keep_interval"} <= set(result)
+    assert [example["source"] for example in result["examples"]] == ["The coat", "сорок со"]
+    assert result["published"]["sentences"] == 5 and result["whole_lines"]["sentences"] == 2
+    assert "substituted: " in capsys.readouterr().out
+    columns = ["--texts", str(table), "--column", "said", "--output", str(output), *SHORT]
+    assert main([*arguments, *columns]) == 0
+    assert json.loads(output.read_text())["examples"][0]["source"] == "another"
+
+
+def test_evaluation_texts_of_a_source_are_never_trained_on(trained, tmp_path):
+    from launch.commands.evaluate import held_out
+    from launch.sources import text_source
+    from trainer.pairs.substitution import Letters
+
+    texts = trained[1].parent / "texts.yaml"
+    held = set(held_out(str(texts))[0])
+    source = text_source(str(texts))
+    for stage, kind in (("sft", "demonstration"), ("dpo", "preference")):
+        for split in ("train", "validation"):
+            seen, _ = Letters(source, kind=kind, stage=stage, validation_fraction=0.5).select(split)
+            assert held and not held & {text.text for text in seen}
+
+
+def test_a_wrong_base_is_refused_by_name(trained, tmp_path, capsys):
+    from tests import tiny_models
+
+    other = tiny_models.make("llama", tmp_path / "other", seed=5)
+    assert main(["generate", "--adapter", str(trained[0]), "--base", str(other), "--prompt", "a"]) == 2
+    told = capsys.readouterr().err
+    assert "trained on base model" in told and str(other) in told
+
+
+def test_inspect_shows_tokens_parts_and_counts(trained, capsys):
+    _, config = trained
+    assert main(["inspect", "--config", str(config), "--index", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "prompt + chosen" in shown and "prompt + rejected" in shown
+    assert shown.count("BOS once, EOS once") == 2
+    assert main(["inspect", "--config", str(config), "--index", "99999"]) == 2
+    assert "--index 99999: the train split has examples 0 to" in capsys.readouterr().err
+
+
+def test_data_show_of_texts_and_of_a_config(trained, tmp_path, capsys):
+    _, config = trained
+    lines = tmp_path / "lines.txt"
+    lines.write_text("The coat\nThe coat\nhm\n")
+    assert main(["data", "show", "--texts", str(lines)]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "dropped_duplicate 1" in shown
+        and "dropped_nothing_to_exchange 1" in shown
+        and "The **со**at" in shown
+    )
+    assert main(["data", "show", "--config", str(config)]) == 0
+    assert "kept_ru" in capsys.readouterr().out
+    assert main(["data", "show", "--texts", str(config.parent / "texts.yaml")]) == 0
+    assert "test" in capsys.readouterr().out
+
+
+def test_export_is_the_same_model_and_overwrites_nothing(trained, tmp_path, capsys):
+    run, _ = trained
+    output = tmp_path / "merged"
+    assert main(["export", "--adapter", str(run), "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(output)("coat").input_ids])
+    ready = answering(generate_parser().parse_args(["--adapter", str(run)]))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, ready.model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert main(["export", "--adapter", str(run), "--output", str(output)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_reports_of_one_run_and_of_several(trained, tmp_path, capsys):
+    run, _ = trained
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert json.loads((run / "report.json").read_text())["runs"]["run"]["status"] == "finished"
+    assert main(["report", str(run), str(run), "--output", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "report.md").stat().st_size > 100
+    capsys.readouterr()
+    assert main(["report", str(run), str(run)]) == 2
+    assert "--output DIR" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""Every shipped YAML is read by the command that it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.errors import check_yaml
+from launch.fit import TandemCLI
+from launch.sources import text_source
+from launch.stages import load_recipe, plan
+from tests.launch.helpers import ROOT
+from trainer.data.sources import HubTexts, TextSource
+
+CONFIGS = ROOT / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+RECIPES = [path for path in FILES if "stages" in (check_yaml(path) or {})]
+TEXTS = [path for path in FILES if path.name.endswith("texts.yaml")]
+HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
+STAGES = [path for path in FILES if "model" in (check_yaml(path) or {})]
+# Read by launch/train_base.py, not by `fit`.
+MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+
+
+def named(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def parsed(*files: str):
+    return TandemCLI([word for file in files for word in ("--config", file)], "inspect")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_file_is_of_a_known_kind():
+    assert sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS]) == FILES
+
+
+@pytest.mark.parametrize("file", named(STAGES))
+def test_stage_configs(file):
+    cli = parsed(file)
+    data = cli.data_only()
+    assert data.batch_size == cli.config.data.init_args.batch_size
+    assert data.source.prompt_template == "Repeat: {text}\n"
+    assert isinstance(data.source.texts, TextSource)
+
+
+@pytest.mark.parametrize("file", named(HARDWARE))
+def test_hardware_stacks_on_a_stage(file):
+    cli = parsed("configs/letters/dpo.yaml", file)
+    assert cli.config.trainer.accelerator == check_yaml(file)["trainer"]["accelerator"]
+    assert cli.config.trainer.max_steps == check_yaml("configs/letters/dpo.yaml")["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("file", named(TEXTS))
+def test_text_sources(file):
+    source = text_source(file)
+    if not isinstance(source, HubTexts):
+        assert len(source.load().rows) > 1000
+
+
+@pytest.mark.parametrize("file", named(RECIPES))
+def test_recipes_and_the_configs_that_they_name(file):
+    steps = plan(load_recipe(Path(file)), {})
+    assert len({step.name for step in steps}) == len(steps)
+    for step in steps:
+        assert all(config.is_file() for config in step.configs)
+        if step.command[0] == "fit":
+            TandemCLI(step.words[1:], "inspect")
+
+
+def test_letters_compares_equal_numbers_of_steps():
+    names = load_recipe(CONFIGS / "letters" / "recipe.yaml").names
+    assert names["sft_long_steps"] == names["sft_steps"] + names["dpo_steps"]
+
+
+def test_sft_and_dpo_share_texts_and_the_reference_is_the_start():
+    sft, dpo = (parsed(f"configs/letters/{name}.yaml").config for name in ("sft", "dpo"))
+    assert sft.data.init_args.source.init_args.texts == dpo.data.init_args.source.init_args.texts
+    reference = dpo.model.init_args.reference
+    assert (reference.kind, reference.adapter) == ("shared", "start")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_llama_has_the_published_settings(stage):
+    config = parsed(f"configs/letters/llama2_7b_{stage}.yaml").config
+    policy, data = config.model.init_args.policy, config.data.init_args
+    assert policy.base == "NousResearch/Llama-2-7b-hf" and policy.adapter.kind == "ia3"
+    assert data.batch_size == 16 and config.trainer.max_epochs == 5
+    assert config.model.init_args.optimizer.lr == 1e-4
+    assert config.samples.sampling.do_sample and config.samples.sampling.max_new_tokens == 100
+    texts = data.source.init_args.texts
+    assert texts.init_args.dataset == "MoritzLaurer/multilingual-NLI-26lang-2mil7"
+    assert texts.init_args.split == "ru_mnli"

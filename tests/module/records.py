@@ -1,0 +1,85 @@
+"""A source of records held in memory, and a short fit, for the tests of the modules."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from trainer.data.sources import Loaded
+from trainer.schema import Demonstration, Preference, Split
+
+
+class Records:
+    """The given records as the training split; as validation too where asked."""
+
+    prompt_template = None
+
+    def __init__(self, records: list[Any], validation: list[Any] | None = None) -> None:
+        self.splits = {"train": records, "validation": validation or [], "test": []}
+
+    def load(self, split: Split) -> Loaded:
+        return Loaded(records=self.splits[split], counts={"kept": len(self.splits[split])}, hashes={})
+
+
+def words(rng: random.Random, longest: int) -> str:
+    return "".join(rng.choice("abcdefg ") for _ in range(rng.randint(1, longest)))
+
+
+def preferences(count: int, seed: int = 0, longest: int = 24) -> list[Preference]:
+    """Random pairs of unequal lengths."""
+    rng = random.Random(seed)
+    return [
+        Preference(
+            "Q" + words(rng, longest),
+            "A" + words(rng, longest),
+            "B" + words(rng, longest),
+            str(i),
+            f"row {i}",
+        )
+        for i in range(count)
+    ]
+
+
+def demonstrations(count: int, seed: int = 0, longest: int = 24) -> list[Demonstration]:
+    """Random demonstrations of unequal lengths."""
+    return [Demonstration(p.prompt, p.chosen, p.id, p.origin) for p in preferences(count, seed, longest)]
+
+
+class History(L.Callback):
+    """Keeps each optimizer step's metrics, and the gradients before they are clipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.gradients: list[dict[str, Any]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        named = pl_module.named_parameters()
+        self.gradients.append({n: p.grad.detach().clone() for n, p in named if p.grad is not None})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if batch.share.last:
+            self.steps.append(dict(pl_module.step_metrics))
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["loss"] for step in self.steps]
+
+
+def fit(module: L.LightningModule, data: L.LightningDataModule, folder: Path, **settings: Any) -> History:
+    """Train quietly on one CPU device; returns what happened."""
+    history = History()
+    settings = {"max_steps": 5, "callbacks": [], **settings}
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        **{**settings, "callbacks": [history, *settings["callbacks"]]},
+    ).fit(module, data)
+    return history

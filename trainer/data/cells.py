@@ -1,0 +1,105 @@
+"""The cells of a row: text or messages, checked; and where two dialogues part into prompt and answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+from trainer.provenance import sha256_text
+from trainer.schema import Message, Text, UserError
+
+_ROLES = get_args(get_type_hints(Message)["role"])
+
+
+class EmptyCompletion(UserError):
+    """A completion with nothing in it, which `empty: drop` leaves out."""
+
+
+def text_or_turns(value: Any, origin: str, column: str, empty: bool = False) -> str | list[Message]:
+    """A cell that should be text or messages; an empty one is refused unless `empty`."""
+    if isinstance(value, str):
+        if not value.strip() and not empty:
+            raise EmptyCompletion(
+                f"{origin}: column {column!r} is empty; give a completion, or set empty to drop"
+            )
+        return value
+    if value is None:
+        raise UserError(f"{origin}: column {column!r} is missing or null; it should hold text or messages")
+    turns = messages(value, origin, column)
+    if not empty:
+        check_answer(turns, origin, column)
+    return turns
+
+
+def messages(value: Any, origin: str, column: str) -> list[Message]:
+    """A cell that should be a list of messages; keys other than role and content are left out."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise UserError(
+            f"{origin}: column {column!r} holds {_short(value)}; it should be text or a list of messages"
+        )
+    turns: list[Message] = []
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            raise UserError(
+                f"{origin}: column {column!r} has the turn {_short(turn)}; it should have role and "
+                f"content, as text"
+            )
+        if turn.get("role") not in _ROLES:
+            raise UserError(
+                f"{origin}: column {column!r} has the role {_short(turn.get('role'))}; it should be "
+                f"one of {', '.join(_ROLES)}"
+            )
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    return turns
+
+
+def check_answer(turns: Sequence[Message], origin: str, column: str) -> None:
+    """The last turn is the assistant's and says something."""
+    if turns[-1]["role"] != "assistant":
+        raise UserError(
+            f"{origin}: column {column!r} ends with {turns[-1]['role']!r}; the last should be 'assistant'"
+        )
+    if not turns[-1]["content"].strip():
+        raise EmptyCompletion(
+            f"{origin}: column {column!r} ends with an empty answer; give a completion, or set empty to drop"
+        )
+
+
+def part_turns(
+    prompt: Text | None, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[list[Message], list[Message], list[Message]] | None:
+    """Prompt and the two answers, one turn each; None where the dialogues part before the last turn."""
+    if prompt is not None and not isinstance(prompt, str):
+        given = list(prompt)
+        whole = list(chosen[: len(given)]) == list(rejected[: len(given)]) == given
+        start = len(given) if whole else 0
+    else:
+        start = _shared_turns(chosen, rejected)
+        given = list(chosen[:start])
+        if not given and prompt is not None:
+            given = [{"role": "user", "content": prompt}]
+    answers = list(chosen[start:]), list(rejected[start:])
+    if not given or len(answers[0]) != 1 or len(answers[1]) != 1:
+        return None
+    return given, *answers
+
+
+def _shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """How many first turns are the same; the last turn of either is never the prompt's."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return shared
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def digest(*parts: Text) -> str:
+    """SHA-256 over texts or messages."""
+    return sha256_text(
+        *(part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts)
+    )

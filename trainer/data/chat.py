@@ -1,0 +1,64 @@
+"""Chat templates: messages -> text, and where the prompt ends and the completion begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from trainer.schema import Message, UserError
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], origin: str = "prompt"
+) -> str:
+    """The prompt as the model is to see it, up to the point where the assistant begins to speak."""
+    return _apply(tokenizer, messages, origin, add_generation_prompt=True)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    completions: Sequence[Sequence[Message]],
+    origin: str = "prompt",
+) -> tuple[str, list[str]]:
+    """The prompt's text and that of each completion: what the template adds when the completion is there.
+
+    Raises:
+        UserError: the tokenizer has no template, the template refuses the messages, or it renders the prompt
+            otherwise once a completion follows, so that no place parts the two.
+    """
+    opening = render_prompt(tokenizer, prompt, origin)
+    closings = []
+    for completion in completions:
+        whole = _apply(tokenizer, [*prompt, *completion], origin, add_generation_prompt=False)
+        if not whole.startswith(opening):
+            raise UserError(
+                f"{origin}: the tokenizer's chat template renders the prompt otherwise when an answer "
+                f"follows, so the two cannot be parted; give prompt and completions as plain text"
+            )
+        closings.append(whole[len(opening) :])
+    return opening, closings
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], origin: str, add_generation_prompt: bool
+) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{origin}: holds chat messages, but the tokenizer of {tokenizer.name_or_path or 'the model'} "
+            f"has no chat template; use a chat model's tokenizer, or give plain text"
+        )
+    if not messages:
+        raise UserError(f"{origin}: has no message in its prompt; a chat's prompt should hold at least one")
+    turns: list[dict[str, Any]] = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"{origin}: the chat template refuses these messages ({roles}): {error}") from error
+    return str(text)

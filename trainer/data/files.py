@@ -1,0 +1,267 @@
+"""Rows from local files and hub datasets, read through `datasets`, with every mistake told in one line."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import dataclasses
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from trainer.provenance import sha256_file
+from trainer.schema import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_COMPRESSIBLE = (".txt", ".jsonl", ".csv")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BLOCK = 1 << 20
+_BATCH = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of one file or hub split: iterating gives (origin, {column: value}); nothing is copied before
+    that.
+
+    `columns` were selected, of those `available`; `hashes` maps the file to its SHA-256, or the hub split to
+    its commit.
+    """
+
+    name: str
+    dataset: Dataset
+    columns: tuple[str, ...]
+    available: tuple[str, ...]
+    hashes: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        number = 0
+        for batch in self.dataset.iter(batch_size=_BATCH):
+            for values in zip(*(batch[column] for column in self.columns), strict=True):
+                number += 1
+                yield f"{self.name}:{number}", dict(zip(self.columns, values, strict=True))
+
+
+def read_rows(
+    path: str,
+    *,
+    columns: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
+    split: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Table:
+    """Read a local .txt, .jsonl, .json, .csv or .parquet file (.txt, .jsonl, .csv also as .gz), or a hub
+    dataset.
+
+    Args:
+        path: an existing file, or `owner/name` of a hub dataset, which needs the network.
+        columns: what each row must have; None takes every column. Text files have the one column `text`.
+        optional: columns taken where the file has them.
+        split: of a hub dataset (default `train`); a local file has none.
+        revision: of a hub dataset: branch, tag or commit.
+        offline: refuse hub datasets.
+
+    Raises:
+        UserError: no such file, a folder, an unknown kind, not UTF-8, empty, broken, or without a column.
+    """
+    local = Path(path).expanduser()
+    if local.exists() or not _looks_like_hub_id(path):
+        if split is not None or revision is not None:
+            raise UserError(f"{path}: split and revision belong to hub datasets; a local file has neither")
+        dataset, hashes = _load_local(local), {str(path): sha256_file(local)}
+    else:
+        dataset, hashes = _load_hub(path, split or "train", revision, offline)
+    return _select(str(path), dataset, columns, optional, hashes)
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    names_file = any(suffix in READERS for suffix in Path(path).suffixes)
+    return bool(_HUB_ID.fullmatch(path)) and not names_file and not path.startswith((".", "/", "~"))
+
+
+def _select(
+    name: str,
+    dataset: Dataset,
+    columns: Sequence[str] | None,
+    optional: Sequence[str],
+    hashes: dict[str, str],
+) -> Table:
+    present = list(dataset.column_names)
+    wanted = present if columns is None else [*columns, *(c for c in optional if c in present)]
+    missing = [column for column in wanted if column not in present]
+    if missing:
+        raise UserError(
+            f"{name}: no column {', '.join(map(repr, missing))}; its columns are: {', '.join(present)}"
+        )
+    if not len(dataset):
+        raise UserError(f"{name}: has no rows")
+    return Table(name, dataset.select_columns(wanted), tuple(wanted), tuple(present), hashes)
+
+
+# --- local files --------------------------------------------------------------------------------------------
+
+
+def _load_local(path: Path) -> Dataset:
+    suffix = _kind(path)
+    if suffix != ".parquet":
+        _check_utf8(path)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    options: dict[str, Any] = _csv_options(path) if suffix == ".csv" else {}
+    try:
+        with _quiet_datasets():
+            loaded = load_dataset(READERS[suffix], data_files=_literal(path), split="train", **options)
+    except (
+        DatasetGenerationError,
+        ValueError,
+        TypeError,
+    ) as error:  # arrow's and pandas' errors are ValueErrors
+        raise UserError(_diagnose(path, suffix, error)) from error
+    return loaded
+
+
+def _kind(path: Path) -> str:
+    """The file's suffix, without .gz; refuses what is not a readable file of a known kind."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    if not path.exists():
+        raise UserError(f"{path}: no such file (a hub dataset is named owner/name)")
+    suffix = path.suffix.lower()
+    packed = suffix == ".gz"
+    if packed:
+        suffix = Path(path.stem).suffix.lower()
+    if suffix not in READERS or (packed and suffix not in _COMPRESSIBLE):
+        known = ", ".join([*READERS, *(s + ".gz" for s in _COMPRESSIBLE)])
+        raise UserError(
+            f"{path}: cannot tell the kind of file from its name; it should end in one of {known}"
+        )
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: is empty")
+    return suffix
+
+
+def _literal(path: Path) -> str:
+    """The path with glob letters quoted: `datasets` reads data_files as patterns."""
+    return re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def _check_utf8(path: Path) -> None:
+    """Refuse a file that is not UTF-8 or only blank, naming the line; huge lines are no matter."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line, blank = 1, True
+    try:
+        with _open(path) as stream:
+            while True:
+                block = stream.read(_BLOCK)
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    line += error.object[: error.start].count(b"\n")
+                    byte = error.object[error.start]
+                    raise UserError(
+                        f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8"
+                    ) from error
+                line += text.count("\n")
+                blank = blank and not text.strip()
+                if not block:
+                    break
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error})") from error
+    if blank:
+        raise UserError(f"{path}: is empty")
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Every column as text: pandas would make 007 a number and the words None and NA nothing."""
+    from datasets import Features, Value
+
+    with _open(path) as stream:
+        header = next(csv.reader([*_first_lines(stream)]), [])
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise UserError(f"{path}:1: the header names {', '.join(map(repr, sorted(repeated)))} twice")
+    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+
+
+def _first_lines(stream: BinaryIO) -> Iterator[str]:
+    """The first line that says something; a header does not run over lines."""
+    for raw in stream:
+        text = raw.decode("utf-8-sig").strip("\r\n")
+        if text.strip():
+            yield text
+            return
+
+
+def _diagnose(path: Path, suffix: str, error: Exception) -> str:
+    """One line on why `datasets` could not read the file: the guilty line where it can be found."""
+    if suffix == ".jsonl":
+        with _open(path) as stream:
+            for number, raw in enumerate(stream, start=1):
+                try:
+                    value = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
+                except json.JSONDecodeError as problem:
+                    return f"{path}:{number}: not valid JSON ({problem.msg} at column {problem.colno})"
+                if not isinstance(value, dict):
+                    return f"{path}:{number}: a JSON object is wanted, not {type(value).__name__}"
+    if "corresponds to no data" in str(error):  # what datasets 5.2 says of a header without rows
+        return f"{path}: has no rows"
+    kind = {".jsonl": "one JSON object a line", ".json": "JSON: a list of objects", ".csv": "CSV"}.get(suffix)
+    cause = str(error.__cause__ or error).strip().split("\n")[0]
+    return f"{path}: cannot be read as {kind or suffix[1:]} ({cause})"
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Silence the progress bars and logged errors of `datasets`: the caller says it better, in one line."""
+    import datasets
+
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+# --- the hub ------------------------------------------------------------------------------------------------
+
+
+def _load_hub(name: str, split: str, revision: str | None, offline: bool) -> tuple[Dataset, dict[str, str]]:
+    if offline:
+        raise UserError(
+            f"{name}: no such file here, and as a hub dataset it needs the network, which offline refuses"
+        )
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    try:  # the commit first: it pins what is loaded, and without a network it fails at once
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except Exception as error:  # whatever HTTP library this version of huggingface_hub rides on
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: no such file here, and not to be had from the hub ({reason})") from error
+    try:
+        loaded = load_dataset(name, split=split, revision=commit)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}, split {split!r}: cannot be loaded from the hub ({reason})") from error
+    return loaded, {f"{name}/{split}": str(commit)}

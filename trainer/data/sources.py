@@ -1,0 +1,279 @@
+"""What a run learns from: the `Source` of records, and the texts (Russian, English) that pairs are made of.
+
+No text may be in two splits, in either language. Texts of one row are translations of each other, so rows
+that share a text in any language form a component, and it is the component's hash that chooses the split.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+from trainer.data.files import Table, read_rows
+from trainer.data.homoglyphs import fold
+from trainer.provenance import sha256_text
+from trainer.schema import Demonstration, Preference, Split, UserError
+
+__all__ = [
+    "GeneratedTexts",
+    "HubTexts",
+    "Language",
+    "LineTexts",
+    "Loaded",
+    "Source",
+    "Table",
+    "TableTexts",
+    "Text",
+    "TextRow",
+    "TextSource",
+    "Texts",
+    "content_key",
+    "read_rows",
+    "split_share",
+    "unique_texts",
+]
+
+Language = Literal["ru", "en"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Records of one split; `counts` (kept, dropped_<why>); `hashes` (file -> SHA-256, hub -> commit)."""
+
+    records: list[Demonstration] | list[Preference]
+    counts: dict[str, int]
+    hashes: dict[str, str]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a run's records come from. `prompt_template` holds `{text}` where prompts are made from one."""
+
+    prompt_template: str | None
+
+    def load(self, split: Split) -> Loaded:
+        """Read one split; a `UserError` names what is wrong."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextRow:
+    """One row of a text source: the same text in one or more languages, and where it stood."""
+
+    texts: dict[Language, str]
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """All rows of a text source, and the hashes of what they were read from."""
+
+    rows: list[TextRow]
+    hashes: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Text:
+    """One text, met once: `key` is its content key, `component` that of the component it belongs to."""
+
+    text: str
+    language: Language
+    key: str
+    component: str
+    origin: str
+
+
+class TextSource(abc.ABC):
+    """Texts in Russian and English."""
+
+    @abc.abstractmethod
+    def load(self) -> Texts:
+        """Read all rows; a `UserError` names what is wrong."""
+
+
+class GeneratedTexts(TextSource):
+    """Texts made by the project's own generator: no file, no network.
+
+    Args:
+        count: how many of each language.
+        seed: another seed gives other texts.
+        languages: of `ru` and `en`.
+    """
+
+    def __init__(self, count: int, seed: int = 0, languages: Sequence[Language] = ("ru", "en")) -> None:
+        if count < 1:
+            raise UserError(f"GeneratedTexts: count is {count}; it should be 1 or more")
+        self.count, self.seed, self.languages = count, seed, tuple(languages)
+
+    def load(self) -> Texts:
+        from trainer.data.corpus import generate_texts
+
+        rows: list[TextRow] = []
+        hashes = {}
+        for language in self.languages:
+            made = generate_texts(language, self.count, self.seed)
+            hashes[f"generated/{language}/{self.count}/{self.seed}"] = sha256_text(*made)
+            rows += [
+                TextRow({language: text}, f"generated/{language}:{n}") for n, text in enumerate(made, start=1)
+            ]
+        return Texts(rows, hashes)
+
+
+class LineTexts(TextSource):
+    """Text files of one language each, one text a line.
+
+    Args:
+        ru: file of Russian texts (.txt or .txt.gz).
+        en: file of English texts (.txt or .txt.gz).
+    """
+
+    def __init__(self, ru: str | None = None, en: str | None = None) -> None:
+        if ru is None and en is None:
+            raise UserError("LineTexts: neither ru nor en is given; name at least one text file")
+        self.files: dict[Language, str] = {}
+        if ru is not None:
+            self.files["ru"] = ru
+        if en is not None:
+            self.files["en"] = en
+
+    def load(self) -> Texts:
+        rows: list[TextRow] = []
+        hashes: dict[str, str] = {}
+        for language, path in self.files.items():
+            table = read_rows(path, columns=["text"], offline=True)
+            hashes |= table.hashes
+            rows += [TextRow({language: row["text"].removeprefix("\ufeff")}, origin) for origin, row in table]
+        return Texts(rows, hashes)
+
+
+class TableTexts(TextSource):
+    """A local JSONL, JSON, CSV or parquet file with a column for each language; a row's texts say the same.
+
+    Args:
+        path: the file.
+        columns: language (`ru`, `en`) -> column.
+    """
+
+    def __init__(self, path: str, columns: dict[str, str]) -> None:
+        self.path, self.columns = path, _languages(columns, "TableTexts")
+
+    def load(self) -> Texts:
+        table = read_rows(self.path, columns=list(self.columns.values()), offline=True)
+        return Texts(list(_text_rows(table, self.columns)), table.hashes)
+
+
+class HubTexts(TextSource):
+    """A dataset of the hub with a column for each language (needs the network); by default the published one.
+
+    Args:
+        dataset: `owner/name`.
+        split: of the dataset.
+        columns: language (`ru`, `en`) -> column; by default Russian `premise` and English `premise_original`.
+        revision: branch, tag or commit.
+        offline: refuse the network.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "MoritzLaurer/multilingual-NLI-26lang-2mil7",
+        split: str = "ru_mnli",
+        columns: dict[str, str] | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+    ) -> None:
+        self.dataset, self.split, self.revision, self.offline = dataset, split, revision, offline
+        self.columns = _languages(columns or {"ru": "premise", "en": "premise_original"}, "HubTexts")
+
+    def load(self) -> Texts:
+        table = read_rows(
+            self.dataset,
+            columns=list(self.columns.values()),
+            split=self.split,
+            revision=self.revision,
+            offline=self.offline,
+        )
+        return Texts(list(_text_rows(table, self.columns)), table.hashes)
+
+
+def _languages(columns: dict[str, str], where: str) -> dict[Language, str]:
+    known: dict[Language, str] = {code: columns[code] for code in get_args(Language) if code in columns}
+    unknown = sorted(set(columns) - set(known))
+    if unknown or not known:
+        raise UserError(
+            f"{where}: columns has languages {unknown or 'none'}; it should map 'ru' and 'en' to columns"
+        )
+    if len(set(known.values())) < len(known):
+        raise UserError(
+            f"{where}: columns names {known['ru']!r} for two languages; each needs a column of its own"
+        )
+    return known
+
+
+def _text_rows(table: Table, columns: dict[Language, str]) -> Iterator[TextRow]:
+    for origin, row in table:
+        texts: dict[Language, str] = {}
+        for language, column in columns.items():
+            value = row[column]
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{origin}: column {column!r} holds {value!r}; it should be text")
+            texts[language] = value or ""
+        yield TextRow(texts, origin)
+
+
+# --- one text, one split ------------------------------------------------------------------------------------
+
+
+def content_key(text: str) -> str:
+    """SHA-256 of what a text says: case, spacing, Unicode form and exchanged letters do not count."""
+    plain = " ".join(unicodedata.normalize("NFKC", fold(text)).casefold().split())
+    return sha256_text(plain)
+
+
+def unique_texts(rows: Iterable[TextRow]) -> tuple[list[Text], Counter[str]]:
+    """Each text once, as first met; and counts: rows, texts, dropped_blank, dropped_duplicate."""
+    counts: Counter[str] = Counter(rows=0, texts=0, dropped_blank=0, dropped_duplicate=0)
+    found: dict[str, tuple[str, Language, str]] = {}
+    parents: dict[str, str] = {}
+    for row in rows:
+        counts["rows"] += 1
+        keys = []
+        for language, raw in row.texts.items():
+            text = raw.strip()
+            if not text:
+                counts["dropped_blank"] += 1
+                continue
+            key = content_key(text)
+            keys.append(key)
+            counts["dropped_duplicate"] += key in found
+            found.setdefault(key, (text, language, row.origin))
+        for key in keys:
+            _join(parents, keys[0], key)
+    counts["texts"] = len(found)
+    texts = [
+        Text(text, lang, key, _root(parents, key), origin) for key, (text, lang, origin) in found.items()
+    ]
+    return texts, counts
+
+
+def _root(parents: dict[str, str], key: str) -> str:
+    parents.setdefault(key, key)
+    while parents[key] != key:
+        parents[key] = key = parents[parents[key]]
+    return key
+
+
+def _join(parents: dict[str, str], a: str, b: str) -> None:
+    """Join two components; the smaller key stays root, whatever the order of the rows."""
+    low, high = sorted((_root(parents, a), _root(parents, b)))
+    parents[high] = low
+
+
+def split_share(component: str, purpose: str) -> float:
+    """A number in [0, 1) that follows from the component's content alone, another one for each purpose."""
+    digest = hashlib.sha256(f"{purpose}/{component}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

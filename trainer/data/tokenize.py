@@ -1,0 +1,324 @@
+"""Records -> token ids: prompt and completion apart, BOS once, EOS once, and lengths within a limit by one
+rule.
+
+Plain text is encoded as plain text: the words `<s>` or `<|im_start|>` in it are letters, not special tokens.
+Only what a chat template writes may hold special tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data.chat import render, render_prompt
+from trainer.schema import (
+    Demonstration,
+    Message,
+    Preference,
+    Text,
+    TokenizedDemonstration,
+    TokenizedPreference,
+    UserError,
+)
+
+_CHUNK = 1000
+_ANCHOR = "\n"
+
+Tokenizer = PreTrainedTokenizerBase
+R = TypeVar("R", Preference, Demonstration)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long a prompt with its longest completion may be, in tokens, and what becomes of longer ones.
+
+    `refuse` stops with a `UserError`; `drop` leaves the record out; `truncate` takes the oldest tokens off
+    the prompt (BOS stays), down to what the longest completion leaves, and the end (with EOS) off a
+    completion that is too long alone. `max_length` None sets no limit.
+    """
+
+    max_length: int | None = None
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.overlong not in ("refuse", "truncate", "drop"):
+            raise UserError(f"overlong is {self.overlong!r}; it should be refuse, truncate or drop")
+        if self.max_length is None and self.overlong != "refuse":
+            raise UserError(
+                f"overlong is {self.overlong!r}, but without max_length nothing is too long; set max_length"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(
+                f"max_length is {self.max_length}; it should be 2 or more: a prompt token and one to score"
+            )
+
+
+@dataclasses.dataclass
+class TokenCounts:
+    """What became of the records, for the manifest. A pair counts once, whichever completion it was."""
+
+    kept: int = 0
+    truncated_prompts: int = 0
+    truncated_completions: int = 0
+    dropped_overlong: int = 0
+    dropped_identical: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+def tokenize_preferences(
+    records: Sequence[Preference],
+    tokenizer: Tokenizer,
+    limits: Limits | None = None,
+    counts: TokenCounts | None = None,
+) -> list[TokenizedPreference]:
+    """Tokenise many pairs, in batches; pairs whose completions are the same tokens are dropped.
+
+    `counts`, where given, is added to. A progress bar appears when it takes more than a few seconds.
+
+    Raises:
+        UserError: an empty completion, one that holds a BOS or EOS inside, nothing before the first
+            completion token, a pair that is too long under `refuse`, or chat messages that the tokenizer
+            cannot render.
+    """
+    counts = TokenCounts() if counts is None else counts
+    fields = ("chosen", "rejected")
+    kept = []
+    for record, prompt, (chosen, rejected) in _tokenized(
+        records, fields, tokenizer, limits or Limits(), counts
+    ):
+        if chosen == rejected:
+            counts.dropped_identical += 1
+            continue
+        kept.append(TokenizedPreference(prompt, chosen, rejected, record.id))
+    counts.kept += len(kept)
+    return kept
+
+
+def tokenize_demonstrations(
+    records: Sequence[Demonstration],
+    tokenizer: Tokenizer,
+    limits: Limits | None = None,
+    counts: TokenCounts | None = None,
+) -> list[TokenizedDemonstration]:
+    """Tokenise many demonstrations, in batches; counts and raises as `tokenize_preferences` does."""
+    counts = TokenCounts() if counts is None else counts
+    found = _tokenized(records, ("completion",), tokenizer, limits or Limits(), counts)
+    kept = [TokenizedDemonstration(prompt, completion, record.id) for record, prompt, (completion,) in found]
+    counts.kept += len(kept)
+    return kept
+
+
+def tokenize_preference(
+    record: Preference, tokenizer: Tokenizer, limits: Limits | None = None
+) -> TokenizedPreference | None:
+    """Tokenise one pair; None where it is dropped."""
+    kept = tokenize_preferences([record], tokenizer, limits)
+    return kept[0] if kept else None
+
+
+def tokenize_demonstration(
+    record: Demonstration, tokenizer: Tokenizer, limits: Limits | None = None
+) -> TokenizedDemonstration | None:
+    """Tokenise one demonstration; None where it is dropped."""
+    kept = tokenize_demonstrations([record], tokenizer, limits)
+    return kept[0] if kept else None
+
+
+def tokenize_prompt(prompt: Text, tokenizer: Tokenizer, origin: str = "prompt") -> list[int]:
+    """Token ids of a prompt to generate from, the same as in training: BOS once, no EOS."""
+    plain = isinstance(prompt, str)
+    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, origin)
+    return _Encoder(tokenizer).prompts([text], [plain], [origin])[0]
+
+
+# --- from records to ids ------------------------------------------------------------------------------------
+
+
+def _tokenized(
+    records: Sequence[R], fields: tuple[str, ...], tokenizer: Tokenizer, limits: Limits, counts: TokenCounts
+) -> Iterator[tuple[R, list[int], list[list[int]]]]:
+    """(record, prompt ids, ids of the completions in the order of `fields`) for each record that is kept."""
+    encoder = _Encoder(tokenizer)
+    with tqdm(total=len(records), desc="tokenising", unit="record", delay=3, leave=False) as bar:
+        for start in range(0, len(records), _CHUNK):
+            chunk = records[start : start + _CHUNK]
+            origins = [record.origin or record.id for record in chunk]
+            texts = [
+                _texts(record, fields, tokenizer, origin)
+                for record, origin in zip(chunk, origins, strict=True)
+            ]
+            plain = [isinstance(record.prompt, str) for record in chunk]
+            prompts = encoder.prompts([prompt for prompt, _ in texts], plain, origins)
+            columns = [
+                encoder.completions([closings[i] for _, closings in texts], plain, origins)
+                for i in range(len(fields))
+            ]
+            completed = [list(completions) for completions in zip(*columns, strict=True)]
+            for record, origin, prompt, completions in zip(chunk, origins, prompts, completed, strict=True):
+                fitted = _fit(prompt, completions, encoder.bos is not None, limits, counts, origin)
+                if fitted is not None:
+                    yield record, fitted[0], fitted[1]
+            bar.update(len(chunk))
+
+
+def _texts(record: R, fields: tuple[str, ...], tokenizer: Tokenizer, origin: str) -> tuple[str, list[str]]:
+    """Prompt and completions as text, through the chat template where the prompt is a chat."""
+    completions: list[Text] = [getattr(record, field) for field in fields]
+    for field, completion in zip(fields, completions, strict=True):
+        words = completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+        if not words.strip():
+            raise UserError(
+                f"{origin}: {field} is empty; a completion should hold at least one character to learn"
+            )
+    if isinstance(record.prompt, str):
+        if not all(isinstance(completion, str) for completion in completions):
+            raise UserError(
+                f"{origin}: the prompt is plain text and a completion is a chat; both should be the same"
+            )
+        return record.prompt, [str(completion) for completion in completions]
+    return render(tokenizer, record.prompt, [_turns(completion) for completion in completions], origin)
+
+
+def _turns(completion: Text) -> Sequence[Message]:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+
+
+def _fit(
+    prompt: list[int],
+    completions: list[list[int]],
+    bos: bool,
+    limits: Limits,
+    counts: TokenCounts,
+    origin: str,
+) -> tuple[list[int], list[list[int]]] | None:
+    """Prompt and completions within `limits`; None where the record is dropped."""
+    longest = max(map(len, completions))
+    limit = limits.max_length
+    if limit is None or len(prompt) + longest <= limit:
+        return prompt, completions
+    if limits.overlong == "refuse":
+        raise UserError(
+            f"{origin}: prompt ({len(prompt)} tokens) and completion ({longest}) make "
+            f"{len(prompt) + longest} tokens, over max_length {limit}; raise max_length, or set "
+            f"overlong to truncate or drop"
+        )
+    if limits.overlong == "drop":
+        counts.dropped_overlong += 1
+        return None
+    room = max(limit - longest, 1)
+    if len(prompt) > room:
+        counts.truncated_prompts += 1
+        prompt = prompt[:1] + prompt[len(prompt) - room + 1 :] if bos else prompt[-room:]
+    if longest > limit - len(prompt):
+        counts.truncated_completions += 1
+        completions = [completion[: limit - len(prompt)] for completion in completions]
+    return prompt, completions
+
+
+# --- from text to ids ---------------------------------------------------------------------------------------
+
+
+class _Encoder:
+    """A tokenizer, with its special tokens put where they belong."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.bos: int | None = tokenizer.bos_token_id
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token (eos_token)"
+            )
+        self.eos: int = tokenizer.eos_token_id
+        self._ids: dict[int, int] = {}
+        self._anchor = self._find_anchor()
+
+    def prompts(self, texts: Sequence[str], plain: Sequence[bool], origins: Sequence[str]) -> list[list[int]]:
+        """Ids that open with BOS, once, where the tokenizer has one."""
+        opened = []
+        for ids, origin in zip(self._encode_both(texts, plain, self._encode), origins, strict=True):
+            start = 0
+            while start < len(ids) and ids[start] == self.bos:
+                start += 1
+            whole = ids[start:] if self.bos is None else [self.bos, *ids[start:]]
+            if not whole:
+                raise UserError(
+                    f"{origin}: the prompt is empty and the tokenizer has no BOS; give it some text"
+                )
+            opened.append(whole)
+        return opened
+
+    def completions(
+        self, texts: Sequence[str], plain: Sequence[bool], origins: Sequence[str]
+    ) -> list[list[int]]:
+        """Ids that close with EOS, once, and hold no BOS or EOS before."""
+        encoded = self._encode_both(texts, plain, self._encode_continuation)
+        return [self._close(ids, origin) for ids, origin in zip(encoded, origins, strict=True)]
+
+    def _close(self, ids: list[int], origin: str) -> list[int]:
+        end = ids.index(self.eos) if self.eos in ids else len(ids)
+        rest = ids[end:]  # templates may write EOS and a newline after it
+        if rest and str(self._tokenizer.decode(rest, skip_special_tokens=True)).strip():
+            raise UserError(
+                f"{origin}: the completion holds the end token {self._tokenizer.eos_token!r} inside its text"
+            )
+        if self.bos is not None and self.bos in ids[:end]:
+            raise UserError(
+                f"{origin}: the completion holds the start token {self._tokenizer.bos_token!r} in its text"
+            )
+        if end == 0:
+            raise UserError(
+                f"{origin}: a completion is empty once tokenised; it should hold at least one token"
+            )
+        return [*ids[:end], self.eos]
+
+    def _encode_both(
+        self,
+        texts: Sequence[str],
+        plain: Sequence[bool],
+        encode: Callable[[list[str], bool], list[list[int]]],
+    ) -> list[list[int]]:
+        """`encode` over plain and chat texts, one batch for each, in the order given."""
+        done: list[list[int]] = [[]] * len(texts)
+        for kind in (True, False):
+            where = [i for i, flag in enumerate(plain) if flag == kind]
+            if where:
+                for i, ids in zip(where, encode([texts[i] for i in where], kind), strict=True):
+                    done[i] = ids
+        return done
+
+    def _encode(self, texts: list[str], plain: bool) -> list[list[int]]:
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        # One int object for each id that occurs: a big data set then takes 8 bytes a token, not 36.
+        share = self._ids.setdefault
+        return [[share(i, i) for i in ids] for ids in encoded]
+
+    def _encode_continuation(self, texts: list[str], plain: bool) -> list[list[int]]:
+        """As `_encode`, for text that follows other text: no space is put before it."""
+        if self._anchor is None:
+            return self._encode(texts, plain)
+        length = len(self._anchor)
+        encoded = self._encode([_ANCHOR + text for text in texts], plain)
+        apart = [ids[length:] if ids[:length] == self._anchor else None for ids in encoded]
+        return [
+            self._encode([text], plain)[0] if ids is None else ids
+            for text, ids in zip(texts, apart, strict=True)
+        ]
+
+    def _find_anchor(self) -> list[int] | None:
+        """Ids of a newline, where the tokenizer puts a space before all it encodes (as Llama-2's)."""
+        anchor, anchored, alone = self._encode([_ANCHOR, _ANCHOR + "x", "x"], True)
+        prefixed = bool(anchor) and anchored[: len(anchor)] == anchor and anchored[len(anchor) :] != alone
+        return anchor if prefixed else None

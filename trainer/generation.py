@@ -1,0 +1,263 @@
+"""Batched generation whose answers do not depend on the batch: greedy, or sampled with noise keyed by prompt.
+
+Sampling is the Gumbel-max trick: the argmax of scores plus Gumbel noise is a draw from their softmax
+(Maddison, Tarlow and Minka 2014, "A* Sampling", section 2). The noise comes from one random stream for each
+(seed, prompt key, sample), so the same prompt gets the same answer in whatever batch, order, shard or rank it
+stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trainer.provenance import sha256_text
+from trainer.schema import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedy by default.
+
+    `temperature`, `top_k` (keep the k likeliest tokens) and `top_p` (keep the likeliest tokens that hold this
+    much probability) need `do_sample=True` and are refused without it. `seed` decides the noise. Raises
+    `UserError`.
+    """
+
+    max_new_tokens: int = 100
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {self.max_new_tokens} is not possible; give 1 or more")
+        if not self.do_sample and (
+            self.temperature != 1.0 or self.top_k is not None or self.top_p is not None
+        ):
+            raise UserError("temperature, top_k and top_p have no effect without do_sample: true")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(
+                f"temperature: {self.temperature} is not possible; give more than 0 (or do_sample: false)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k: {self.top_k} is not possible; give 1 or more, or leave it out")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_p: {self.top_p} is not possible; give more than 0 and at most 1, or leave it out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One answer: its token ids without the stop token, its text, and whether it stopped by itself."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds to each row's scores the next Gumbel(0, 1) draws of that row's own stream.
+
+    The streams live on the CPU, whatever the model's device, so that a GPU draws the same noise.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.streams = [torch.Generator().manual_seed(int(sha256_text(key)[:15], 16)) for key in keys]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = torch.empty(scores.shape, dtype=torch.float32)
+        for row, stream in zip(noise, self.streams, strict=True):
+            row.exponential_(generator=stream)
+        gumbel = noise.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
+        return scores + gumbel.to(scores.device)  # type: ignore[return-value]
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    keys: Sequence[str] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Generation]:
+    """Answer each prompt (token ids, BOS included), in the order given.
+
+    `keys` name the prompts for the noise and for messages; without them a prompt's ids are its key. A key
+    that comes again gets another sample. The model's `generation_config` gives only its stop tokens:
+    repetition penalties and sampling defaults that a hub model ships are left out, so that the answers are
+    the model's own distribution. Near the model's last position an answer is shorter than `max_new_tokens`.
+    Under a sharded strategy every rank must call this with equally many batches; the same prompts on each
+    rank are the simple way. Raises `UserError` for an empty prompt and for one that leaves no position for an
+    answer.
+    """
+    if keys is not None and len(keys) != len(prompts):
+        raise UserError(f"generate: {len(keys)} keys for {len(prompts)} prompts; give one for each, or none")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not possible; give 1 or more")
+    inner = _inner(model)
+    rooms = _rooms(inner, prompts, sampling.max_new_tokens, keys)
+    noise_keys = _noise_keys(prompts, keys, sampling.seed)
+    stops = stop_ids(inner, tokenizer)
+    answers: dict[int, Generation] = {}
+    bar = tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress)
+    with _as_it_stands(inner), bar:
+        for batch, room in _batches(prompts, rooms, batch_size):
+            processors = _processors(sampling, [noise_keys[index] for index in batch])
+            rows = [prompts[index] for index in batch]
+            new = _answer_batch(inner, rows, stops, _pad_id(tokenizer, stops), room, processors)
+            answers |= {
+                index: _trim(ids, stops, tokenizer) for index, ids in zip(batch, new.tolist(), strict=True)
+            }
+            bar.update(len(batch))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: those of the model's `generation_config`, and the tokenizer's EOS."""
+    config = _inner(model).generation_config
+    named = config.eos_token_id if config is not None else None
+    found = [named] if isinstance(named, int) else list(named or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        found.append(tokenizer.eos_token_id)
+    return sorted(set(found))
+
+
+def _inner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    # The adapter's layers stand inside the base model, so that its own generate() has them.
+    # PeftModel.generate would
+    # put its own generation_config back.
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def _rooms(
+    model: PreTrainedModel, prompts: Sequence[list[int]], wanted: int, keys: Sequence[str] | None
+) -> list[int]:
+    """How many new tokens each prompt may have: `wanted`, or what the model's positions leave."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rooms = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompt {index + 1}" if keys is None else f"prompt '{keys[index]}'"
+        if not prompt:
+            raise UserError(f"{name}: it has no tokens; give at least one character (or a BOS token)")
+        if positions is not None and len(prompt) >= positions:
+            raise UserError(
+                f"{name}: it has {len(prompt)} tokens, but the model has {positions} positions for prompt and"
+                f" answer; shorten it to {positions - 1} tokens or less"
+            )
+        rooms.append(wanted if positions is None else min(wanted, positions - len(prompt)))
+    return rooms
+
+
+def _noise_keys(prompts: Sequence[list[int]], keys: Sequence[str] | None, seed: int) -> list[str]:
+    names = list(keys) if keys is not None else [" ".join(map(str, prompt)) for prompt in prompts]
+    seen: Counter[str] = Counter()
+    noise_keys = []
+    for name in names:
+        noise_keys.append(sha256_text(str(seed), name, str(seen[name])))
+        seen[name] += 1
+    return noise_keys
+
+
+def _batches(
+    prompts: Sequence[list[int]], rooms: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], int]]:
+    """Prompts of like length together, and only prompts with the same room: an answer's limit is its own."""
+    order = sorted(range(len(prompts)), key=lambda index: (-rooms[index], len(prompts[index]), index))
+    for room, members in itertools.groupby(order, key=lambda index: rooms[index]):
+        group = list(members)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size], room
+
+
+def _processors(sampling: Sampling, noise_keys: list[str]) -> LogitsProcessorList:
+    if not sampling.do_sample:
+        return LogitsProcessorList()
+    processors = LogitsProcessorList()
+    if sampling.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k is not None:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(GumbelNoise(noise_keys))
+    return processors
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    rows: list[list[int]],
+    stops: list[int],
+    pad: int,
+    room: int,
+    processors: LogitsProcessorList,
+) -> Tensor:
+    """The new ids, [row, at most `room`]; what follows a row's stop token is padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=room, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=stops or None
+    )
+    with torch.no_grad():
+        output = model.generate(  # type: ignore[operator]
+            inputs=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        )
+    return output[:, width:]
+
+
+def _trim(ids: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    kept = ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generation(kept, str(text), end is not None)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
+    if isinstance(tokenizer.pad_token_id, int):
+        return tokenizer.pad_token_id
+    return stops[0] if stops else 0
+
+
+@contextlib.contextmanager
+def _as_it_stands(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and an empty `generation_config` for a while; both come back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    config = model.generation_config
+    model.eval()
+    # transformers 5 fills what a call leaves unset from the model's own generation_config (repetition
+    # penalties too).
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
+        for module, mode in modes:
+            _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    # Not module.train(mode), which would set the children too.
+    module.training = mode

@@ -1,0 +1,283 @@
+"""The LightningModules: a policy, its frozen reference, and a training step that reads like the paper.
+
+An optimizer step may be several micro-batches on several ranks. Each micro-batch comes with its share of the step, so
+`training_step` returns one loss whose accumulated, reduced gradient is exactly the mean over the step; Lightning's
+automatic optimization does the rest. At the step's boundary one small collective carries the metrics' sums and counts
+and whether everything was finite; a step that is not finite never reaches the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from trainer.checkpoint import rng_state, set_rng_state
+from trainer.metrics import PREFERENCE_METRICS, SUPERVISED_METRICS, Means
+from trainer.objectives import ObjectiveConfig, accuracies, preference_loss, rewards
+from trainer.optimization import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from trainer.policy.load import (
+    PolicyConfig,
+    describe_for_checkpoint,
+    fingerprint,
+    load_policy,
+    load_tokenizer,
+)
+from trainer.policy.logprobs import completion_token_logps, pair_logps
+from trainer.policy.reference import Reference, ReferenceConfig, build_reference
+from trainer.policy.state import count_parameters, load_trained_state, trained_state
+from trainer.schema import PairLogps, PreferenceBatch, SupervisedBatch, UserError
+
+Sums = dict[str, tuple[Tensor | float | int, Tensor | float | int]]
+
+
+class AlignmentModule(L.LightningModule):
+    """What SFT and preference training share: the policy, the optimizer, step metrics, checkpoints of what is trained.
+
+    Attributes:
+        policy: the model that is trained; there from `configure_model` on.
+        step_metrics: the last optimizer step's metrics without their `train/` prefix, on every rank.
+        skipped_steps: steps whose loss or gradient was not finite, and which therefore changed nothing.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        metrics: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.policy_config, self.optimizer_config, self.schedule_config = policy, optimizer, schedule
+        if optimizer.weight_decay and policy.adapter is not None and policy.adapter.kind == "ia3":
+            raise UserError(
+                "optimizer.weight_decay: would pull IA³ scales to 0, not to 1; leave it at 0 for ia3"
+            )
+        # A checkpoint holds what is trained and nothing else; the frozen weights are read from their own folder.
+        self.strict_loading = False
+        self.policy: nn.Module | None = None
+        self.tokenizer = load_tokenizer(policy.base, policy.revision, policy.offline)
+        self.step_metrics: dict[str, float] = {}
+        self.skipped_steps = 0
+        self._resumed_rng: dict[str, Any] | None = None
+        self._step, self._validation = Means(metrics), Means(metrics)
+
+    @override
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = load_policy(self.policy_config)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = build_optimizer(self.optimizer_config, parameters)
+        schedule = build_schedule(self.schedule_config, optimizer, self._total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the whole run, -1 without end.
+
+        Not `trainer.estimated_stepping_batches`: called here, Lightning 2.6 drops a resumed loader's state.
+        """
+        steps = self.trainer.max_steps
+        if (epochs := self.trainer.max_epochs) is not None and epochs >= 0:
+            in_epochs = epochs * self.trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+            steps = in_epochs if steps < 0 else min(steps, in_epochs)
+        return steps
+
+    # One optimizer step
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, sums = self.losses(batch)
+        if batch.share.example_weight:
+            self._step.update(sums)
+        return loss
+
+    def losses(self, batch: Any) -> tuple[Tensor, Sums]:
+        """The weighted loss of a micro-batch, and its metrics as (sum, count)."""
+        raise AssertionError("each module has its own losses")
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step's one small collective, before anything is stepped into the weights."""
+        means = self._reduced(self._step)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]).item()
+        if not all(map(math.isfinite, (norm, *means.values()))):
+            self.skipped_steps += 1
+            for parameter in self.parameters():
+                parameter.grad = None
+        self.step_metrics = {**means, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        metrics = {f"train/{name}": value for name, value in self.step_metrics.items()}
+        self.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def _reduced(self, metric: Means) -> dict[str, float]:
+        """The metric's means over all ranks, by one all-reduce, and the metric reset."""
+        totals = self.trainer.strategy.reduce(metric.totals.clone(), reduce_op="sum")
+        metric.reset()
+        return self.finished(metric.means(cast(Tensor, totals)))
+
+    def finished(self, means: dict[str, float]) -> dict[str, float]:
+        """What follows from the means alone."""
+        return means
+
+    # Validation
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        _, sums = self.losses(batch)
+        if batch.share.example_weight:
+            self._validation.update(sums)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        metrics = {f"val/{name}": value for name, value in self._reduced(self._validation).items()}
+        self.log_dict(metrics, batch_size=1)
+
+    # Checkpoints: what is trained, described well enough to be loaded by PEFT alone
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.policy is not None
+        checkpoint["state_dict"] = trained_state(self.policy)
+        checkpoint["tandem"] = {
+            **describe_for_checkpoint(self.policy, self.policy_config),
+            "prompt_template": getattr(getattr(self.trainer, "datamodule", None), "prompt_template", None),
+        }
+
+        checkpoint["rng"] = self._rng_of_all_ranks()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Set at the first batch, not now: what Lightning does in between may draw from the generators.
+        states = checkpoint.get("rng", [])
+        self._resumed_rng = states[self.global_rank] if len(states) == self.trainer.world_size else None
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._resumed_rng is not None:
+            set_rng_state(self._resumed_rng)
+            self._resumed_rng = None
+
+    def _rng_of_all_ranks(self) -> list[dict[str, Any]]:
+        states: list[Any] = [rng_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(states, rng_state())
+        return states
+
+    @override
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Any, strict: bool = True, assign: bool = False
+    ) -> None:
+        assert self.policy is not None
+        load_trained_state(self.policy, state_dict)
+
+    def describe(self) -> dict[str, Any]:
+        """What the run's manifest says of the model: settings, fingerprints, parameters."""
+        assert self.policy is not None
+        return {
+            "module": type(self).__name__,
+            "policy": {
+                **dataclasses.asdict(self.policy_config),
+                "fingerprint": fingerprint(self.policy_config),
+            },
+            "optimizer": dataclasses.asdict(self.optimizer_config),
+            "schedule": dataclasses.asdict(self.schedule_config),
+            "parameters": dataclasses.asdict(count_parameters(self.policy)),
+        }
+
+
+class PreferenceModule(AlignmentModule):
+    """A policy aligned with preferences against a frozen reference (DPO and its relatives).
+
+    Args:
+        policy: base model, adapter and where it starts.
+        objective: what is minimised.
+        reference: what the policy is compared with.
+        optimizer: how weights move.
+        schedule: how the learning rate goes.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        objective: ObjectiveConfig = ObjectiveConfig(),
+        reference: ReferenceConfig = ReferenceConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+    ) -> None:
+        super().__init__(policy, optimizer, schedule, PREFERENCE_METRICS)
+        self.objective, self.reference_config = objective, reference
+        self.reference: Reference | None = None
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.reference is None:
+            assert self.policy is not None
+            self.reference = build_reference(self.reference_config, self.policy_config, self.policy)
+
+    @override
+    def losses(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
+        assert self.policy is not None and self.reference is not None
+        policy = pair_logps(self.policy, batch)
+        reference = self.reference.logps(batch)
+        each = preference_loss(self.objective, policy, reference)
+        loss = batch.share.example_weight * each.sum()
+        if self.objective.nll_weight:
+            loss = loss - self.objective.nll_weight * batch.share.token_weight * policy.chosen.sum()
+        return loss, self._sums(each, policy, reference)
+
+    @override
+    def finished(self, means: dict[str, float]) -> dict[str, float]:
+        if self.objective.nll_weight and "loss" in means:
+            means["loss"] += self.objective.nll_weight * means["nll"]
+        return means
+
+    def _sums(self, each: Tensor, policy: PairLogps, reference: PairLogps) -> Sums:
+        chosen, rejected = rewards(self.objective.beta, policy, reference)
+        pairs = len(each)
+        return {
+            "loss": (each.detach().sum(), pairs),
+            "rewards/chosen": (chosen.sum(), pairs),
+            "rewards/rejected": (rejected.sum(), pairs),
+            "rewards/accuracies": (accuracies(chosen, rejected).sum(), pairs),
+            "rewards/margins": ((chosen - rejected).sum(), pairs),
+            "logps/chosen": (policy.chosen.detach().sum(), pairs),
+            "logps/rejected": (policy.rejected.detach().sum(), pairs),
+            "nll": (-policy.chosen.detach().sum(), policy.chosen_tokens.sum()),
+        }
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        assert self.reference is not None
+        objective = dataclasses.asdict(self.objective)
+        return {**super().describe(), "objective": objective, "reference": self.reference.describe()}
+
+
+class SupervisedModule(AlignmentModule):
+    """A policy that imitates demonstrations (SFT): negative log-likelihood for each completion token of the step.
+
+    Arguments as for `PreferenceModule`.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+    ) -> None:
+        super().__init__(policy, optimizer, schedule, SUPERVISED_METRICS)
+
+    @override
+    def losses(self, batch: SupervisedBatch) -> tuple[Tensor, Sums]:
+        assert self.policy is not None
+        each = completion_token_logps(self.policy, batch.rows)
+        return -batch.share.token_weight * each.sum(), {"loss": (-each.detach().sum(), len(each))}

@@ -1,0 +1,191 @@
+"""The base model by name (a folder, or an id on the hub), its tokenizer, and which weights they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainer.policy.adapters import AdapterConfig, first_line
+from trainer.policy.folders import is_adapter
+from trainer.provenance import sha256_file, sha256_text
+from trainer.schema import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The model that is trained (or used).
+
+    Args:
+        base: folder of a Hugging Face causal language model, or its id on the hub (which asks for the
+        network). adapter: what is trained beside the frozen base; null trains all weights.
+        start: saved weights to begin with: an adapter's folder, a checkpoint, a run's folder (its best), or
+        a `.pth`
+            file of the published system. If only the adapter's kind is set, its shape is taken from here.
+        dtype: of the base's weights; adapters are always float32.
+        revision: commit, tag or branch on the hub.
+        offline: refuse to use the network.
+        trust_remote_code: run Python code that comes with the model.
+        attention: attention implementation of transformers (`sdpa`, `eager`, ...); chosen by family if not
+        given.
+    """
+
+    base: str
+    adapter: AdapterConfig | None = dataclasses.field(default_factory=AdapterConfig)
+    start: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    revision: str | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+    attention: str | None = None
+
+
+def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedModel:
+    """The base alone, from safetensors, without dropout; from the folder `source` if that is given."""
+    name = str(source or config.base)
+    check_name(name, config.offline, "policy.base")
+    if config.trust_remote_code:
+        warnings.warn(
+            f"policy.trust_remote_code: Python code that comes with '{name}' runs on this machine",
+            stacklevel=2,
+        )
+    settings = read_config(name, config)
+    _without_dropout(settings)
+    attention = config.attention or ("eager" if settings.model_type == "gemma2" else None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=settings,
+            dtype=_DTYPES[config.dtype],
+            use_safetensors=True,
+            attn_implementation=attention,
+            **_hub_settings(config),
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"policy.base: '{name}' cannot be loaded ({first_line(error)})") from error
+    _without_dropout(model)
+    return model
+
+
+def _hub_settings(config: PolicyConfig) -> dict[str, Any]:
+    return {
+        "revision": config.revision or "main",
+        "local_files_only": config.offline,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def read_config(name: str, config: PolicyConfig) -> PretrainedConfig:
+    check_name(name, config.offline, "policy.base")
+    try:
+        return AutoConfig.from_pretrained(name, **_hub_settings(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"policy.base: '{name}' is no causal language model here ({first_line(error)})"
+        ) from error
+
+
+def _without_dropout(target: PretrainedConfig | nn.Module) -> None:
+    """Log-probs of the policy and of its reference must be those of one model (GPT-2's default is 0.1)."""
+    if isinstance(target, nn.Module):
+        for module in target.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return
+    for name, value in target.to_dict().items():
+        if name.endswith(("dropout", "pdrop", "dropout_rate", "dropout_prob")) and isinstance(value, float):
+            setattr(target, name, 0.0)
+
+
+def architecture(config: PretrainedConfig) -> dict[str, Any]:
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    return {name: getattr(config, name, None) for name in names}
+
+
+def check_name(name: str, offline: bool, field: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = "; it is an adapter, give it as policy.start" if is_adapter(folder) else ""
+            raise UserError(f"{field}: {name} holds no config.json, so it is no Hugging Face model{hint}")
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            raise UserError(f"{field}: {name} holds only pickled weights (.bin); convert them to safetensors")
+        return
+    if name.startswith(("/", ".", "~")) or (name.count("/") != 1 and "/" in name) or folder.exists():
+        raise UserError(
+            f"{field}: {name} is no folder; give the folder of a Hugging Face model, or its id on the hub"
+        )
+    if offline:
+        raise UserError(
+            f"{field}: '{name}' is no folder here, and a hub id needs the network, which --offline refuses"
+        )
+
+
+def load_tokenizer(
+    base: str, revision: str | None = None, offline: bool = False, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The base's tokenizer. Where it has no pad token EOS pads, so that the vocabulary stays as it is."""
+    check_name(base, offline, "policy.base")
+    settings = {
+        "revision": revision or "main",
+        "local_files_only": offline,
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, **settings)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"policy.base: '{base}' has no tokenizer that can be loaded ({first_line(error)})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"policy.base: the tokenizer of '{base}' has no EOS token; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_fingerprint(base: str, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
+    """Which weights `base` names: SHA-256 of a folder's weight files, each and all, or the hub's commit."""
+    check_name(base, offline, "policy.base")
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        files = {
+            p.name: _hashed(p, p.stat().st_mtime_ns, p.stat().st_size)
+            for p in sorted(folder.glob("*.safetensors"))
+        }
+        digest = sha256_text(*(part for item in files.items() for part in item))
+        return {"name": base, "kind": "folder", "digest": digest, "files": files}
+    try:
+        path = Path(hf_hub_download(base, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"policy.base: '{base}' cannot be reached on the hub ({first_line(error)})"
+        ) from error
+    # The hub's cache is laid out as snapshots/<commit>/<file>.
+    return {"name": base, "kind": "hub", "digest": path.parent.name, "revision": revision}
+
+
+@functools.lru_cache(maxsize=256)
+def _hashed(path: Path, modified: int, size: int) -> str:
+    return sha256_file(path)

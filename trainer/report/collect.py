@@ -1,0 +1,215 @@
+"""Gathers what a run (or a recipe's folder of runs) left on disk into one JSON-able report.
+
+A run's folder holds any of manifest.json, evaluation.json, samples.jsonl, TensorBoard events and metrics.csv;
+a recipe's folder holds one such folder for each stage. Whatever is missing is left out of the report.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.provenance import code_version, git_revision, read_json, versions, write_json, write_text
+from trainer.report.render import render_html, render_markdown
+from trainer.schema import UserError
+
+Report = dict[str, Any]
+Curves = dict[str, list[list[float]]]
+
+STAGE_ORDER = ("base", "sft", "sft_long", "dpo")
+MAX_POINTS = 1000
+_SIGNS = ("manifest.json", "evaluation.json", "samples.jsonl", "metrics.csv", "events.out.tfevents*")
+
+
+def collect(
+    folder: str | Path,
+    title: str | None = None,
+    published: dict[str, Any] | None = None,
+    commands: Sequence[str] = (),
+) -> Report:
+    """The report of a run's or a recipe's folder.
+
+    `published`: scores of the published answers (`trainer.evaluation.letters.published_scores`). `commands`:
+    how to repeat it all. Keys: title, recipe, created, machine, versions, git, code, commands, stages
+    (evaluations), published, curves, runs (manifests), samples: each by stage's name. Raises `UserError` if
+    the folder is missing or holds no run, or a file in it is not valid JSON.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder; give a run's folder, or the folder that holds a recipe's runs"
+        )
+    stages = _stage_folders(root)
+    if not stages:
+        if (root / "report.json").is_file():
+            return read_json(root / "report.json")
+        raise UserError(
+            f"{root}: holds no run ({', '.join(_SIGNS)}); give a folder that `tandem fit` or `run` wrote"
+        )
+    runs = _read_each(stages, "manifest.json")
+    name = root.resolve().name
+    return _without_nan(
+        {
+            "title": title or name,
+            "recipe": name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": _machine(runs.values()),
+            "versions": versions(),
+            "git": git_revision(),
+            "code": code_version(),
+            "commands": list(commands) or [f"tandem report {folder}"],
+            "stages": _read_each(stages, "evaluation.json"),
+            "published": published or {},
+            "curves": {stage: curves for stage, path in stages.items() if (curves := read_curves(path))},
+            "runs": runs,
+            "samples": {stage: samples for stage, path in stages.items() if (samples := _samples(path))},
+        }
+    )
+
+
+def overlay(reports: Sequence[Report]) -> Report:
+    """Several reports as one, stages called `recipe/stage`: curves and rates lie over each other."""
+    if len(reports) == 1:
+        return reports[0]
+    names = _distinct([str(report.get("recipe") or report.get("title") or "run") for report in reports])
+    merged: Report = {key: value for key, value in reports[0].items() if not isinstance(value, dict)}
+    merged |= {"title": " and ".join(names), "recipe": None, "machine": reports[0].get("machine") or {}}
+    merged |= {"versions": reports[0].get("versions") or {}}
+    merged["created"] = max(str(report.get("created") or "") for report in reports)
+    merged["commands"] = [command for report in reports for command in report.get("commands") or []]
+    merged["published"] = next((report["published"] for report in reports if report.get("published")), {})
+    for part in ("stages", "curves", "runs", "samples"):
+        merged[part] = {
+            name if stage == report.get("recipe") else f"{name}/{stage}": content
+            for name, report in zip(names, reports, strict=True)
+            for stage, content in (report.get(part) or {}).items()
+        }
+    return merged
+
+
+def write_report(report: Report, folder: str | Path) -> list[Path]:
+    """Write report.json, report.md and report.html, each whole or not at all; returns their paths."""
+    folder = Path(folder)
+    paths = [folder / f"report.{kind}" for kind in ("json", "md", "html")]
+    write_json(paths[0], report)
+    write_text(paths[1], render_markdown(report))
+    write_text(paths[2], render_html(report))
+    return paths
+
+
+def read_curves(folder: Path) -> Curves:
+    """Tag -> [[step, value], ...] of a run's TensorBoard events and metrics.csv; about 1,000 points at most.
+
+    Where a resumed run wrote a step again the later value holds. Values that are not finite become gaps
+    (None).
+    """
+    points: dict[str, dict[int, float | None]] = {}
+    for tag, step, value in [*_from_csv(folder), *_from_events(folder)]:
+        points.setdefault(tag, {})[step] = value if math.isfinite(value) else None
+    return {tag: _thin(sorted(line.items())) for tag, line in sorted(points.items())}  # type: ignore[misc]
+
+
+def _stage_folders(root: Path) -> dict[str, Path]:
+    if _is_run(root):
+        return {root.resolve().name: root}
+    found = {path.name: path for path in root.iterdir() if path.is_dir() and _is_run(path)}
+    started = {name: _started(path) for name, path in found.items()}
+
+    def place(name: str) -> tuple[int, str, str]:
+        known = STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER)
+        return known, started[name], name
+
+    return {name: found[name] for name in sorted(found, key=place)}
+
+
+def _is_run(folder: Path) -> bool:
+    return any(next(folder.glob(sign), None) is not None for sign in _SIGNS)
+
+
+def _started(folder: Path) -> str:
+    path = folder / "manifest.json"
+    return str(read_json(path).get("started") or "") if path.is_file() else ""
+
+
+def _read_each(stages: dict[str, Path], name: str) -> dict[str, Any]:
+    """The file of this name of each stage that has one."""
+    return {stage: read_json(path / name) for stage, path in stages.items() if (path / name).is_file()}
+
+
+def _machine(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    keys = ("hostname", "cpus", "accelerator", "world_size", "num_nodes")
+    return next(({key: run[key] for key in keys if key in run} for run in runs), {})
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "samples.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    # A line is whole once its line end is written: what follows the last one is of a run that is writing, or
+    # was killed.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error}); remove the line") from error
+    return rows
+
+
+def _from_events(folder: Path) -> list[tuple[str, int, float]]:
+    paths = sorted(folder.rglob("events.out.tfevents*"))
+    if not paths:
+        return []
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    rows = []
+    for path in paths:
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0})
+        events.Reload()
+        for tag in events.Tags()[SCALARS]:
+            rows += [(event.wall_time, tag, event.step, event.value) for event in events.Scalars(tag)]
+    return [row[1:] for row in sorted(rows)]
+
+
+def _from_csv(folder: Path) -> list[tuple[str, int, float]]:
+    rows = []
+    for path in sorted(folder.rglob("metrics.csv")):
+        with open(path, encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                step = row.get("step")
+                if not step:
+                    continue
+                rows += [
+                    (tag, int(float(step)), float(value))
+                    for tag, value in row.items()
+                    if tag not in ("step", "epoch") and isinstance(value, str) and value
+                ]
+    return rows
+
+
+def _thin(line: list[Any]) -> list[list[Any]]:
+    every = max(1, math.ceil(len(line) / MAX_POINTS))
+    kept = line[::every]
+    return [list(point) for point in (kept if kept[-1] == line[-1] else [*kept, line[-1]])]
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
