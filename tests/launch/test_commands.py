@@ -77,7 +77,8 @@ def test_a_conversation_remembers_until_told_to_forget(trained, capsys, monkeypa
         main(["generate", "--chat", "--adapter", str(run), "--prompt", "two", "--max_new_tokens", "30"]) == 0
     )
     alone = capsys.readouterr().out
-    assert answers[1].endswith(alone) and not answers[0].endswith(alone)
+    assert answers[1].endswith(alone)
+    assert not answers[0].endswith(alone)
 
 
 def test_evaluate_letters_writes_rates_intervals_and_examples(trained, tmp_path, capsys):
@@ -91,7 +92,8 @@ def test_evaluate_letters_writes_rates_intervals_and_examples(trained, tmp_path,
     result = json.loads(output.read_text())
     assert {"substitution_rate", "keep_rate", "substitution_interval", "keep_interval"} <= set(result)
     assert [example["source"] for example in result["examples"]] == ["The coat", "сорок со"]
-    assert result["published"]["sentences"] == 5 and result["whole_lines"]["sentences"] == 2
+    assert result["published"]["sentences"] == 5
+    assert result["whole_lines"]["sentences"] == 2
     assert "substituted: " in capsys.readouterr().out
     columns = ["--texts", str(table), "--column", "said", "--output", str(output), *SHORT]
     assert main([*arguments, *columns]) == 0
@@ -109,7 +111,8 @@ def test_evaluation_texts_of_a_source_are_never_trained_on(trained, tmp_path):
     for stage, kind in (("sft", "demonstration"), ("dpo", "preference")):
         for split in ("train", "validation"):
             seen, _ = Letters(source, kind=kind, stage=stage, validation_fraction=0.5).select(split)
-            assert held and not held & {text.text for text in seen}
+            assert held
+            assert not held & {text.text for text in seen}
 
 
 def test_a_wrong_base_is_refused_by_name(trained, tmp_path, capsys):
@@ -118,14 +121,16 @@ def test_a_wrong_base_is_refused_by_name(trained, tmp_path, capsys):
     other = tiny_models.make("llama", tmp_path / "other", seed=5)
     assert main(["generate", "--adapter", str(trained[0]), "--base", str(other), "--prompt", "a"]) == 2
     told = capsys.readouterr().err
-    assert "trained on base model" in told and str(other) in told
+    assert "trained on base model" in told
+    assert str(other) in told
 
 
 def test_inspect_shows_tokens_parts_and_counts(trained, capsys):
     _, config = trained
     assert main(["inspect", "--config", str(config), "--index", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "prompt + chosen" in shown and "prompt + rejected" in shown
+    assert "prompt + chosen" in shown
+    assert "prompt + rejected" in shown
     assert shown.count("BOS once, EOS once") == 2
     assert main(["inspect", "--config", str(config), "--index", "99999"]) == 2
     assert "--index 99999: the train split has examples 0 to" in capsys.readouterr().err
@@ -137,11 +142,9 @@ def test_data_show_of_texts_and_of_a_config(trained, tmp_path, capsys):
     lines.write_text("The coat\nThe coat\nhm\n")
     assert main(["data", "show", "--texts", str(lines)]) == 0
     shown = capsys.readouterr().out
-    assert (
-        "dropped_duplicate 1" in shown
-        and "dropped_nothing_to_exchange 1" in shown
-        and "The **со**at" in shown
-    )
+    assert "dropped_duplicate 1" in shown
+    assert "dropped_nothing_to_exchange 1" in shown
+    assert "The **со**at" in shown
     assert main(["data", "show", "--config", str(config)]) == 0
     assert "kept_ru" in capsys.readouterr().out
     assert main(["data", "show", "--texts", str(config.parent / "texts.yaml")]) == 0

@@ -89,10 +89,13 @@ def test_sft_and_dpo_share_texts_and_the_reference_is_the_start():
 def test_llama_has_the_published_settings(stage):
     config = parsed(f"configs/letters/llama2_7b_{stage}.yaml").config
     policy, data = config.model.init_args.policy, config.data.init_args
-    assert policy.base == "NousResearch/Llama-2-7b-hf" and policy.adapter.kind == "ia3"
-    assert data.batch_size == 16 and config.trainer.max_epochs == 5
+    assert policy.base == "NousResearch/Llama-2-7b-hf"
+    assert policy.adapter.kind == "ia3"
+    assert data.batch_size == 16
+    assert config.trainer.max_epochs == 5
     assert config.model.init_args.optimizer.lr == 1e-4
-    assert config.samples.sampling.do_sample and config.samples.sampling.max_new_tokens == 100
+    assert config.samples.sampling.do_sample
+    assert config.samples.sampling.max_new_tokens == 100
     texts = data.source.init_args.texts
     assert texts.init_args.dataset == "MoritzLaurer/multilingual-NLI-26lang-2mil7"
     assert texts.init_args.split == "ru_mnli"

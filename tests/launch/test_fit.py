@@ -44,9 +44,11 @@ def test_a_run_leaves_its_folder_whole(run):
     assert status == 0
     assert {"config.yaml", "manifest.json", "checkpoints"} <= {path.name for path in folder.iterdir()}
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and manifest["step"] == 2
+    assert manifest["status"] == "finished"
+    assert manifest["step"] == 2
     assert (folder / "checkpoints" / "best" / "adapter_model.safetensors").is_file()
-    assert "192 trained of" in told and "best checkpoint" in told
+    assert "192 trained of" in told
+    assert "best checkpoint" in told
     losses = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
     assert losses[0].value == pytest.approx(math.log(2), abs=1e-6)
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"] == 2
@@ -63,37 +65,46 @@ def test_a_finished_folder_is_refused_and_overwritten_only_on_demand(run):
     (folder / "notes.txt").write_text("mine")
     before = (folder / "manifest.json").read_bytes()
     status, _, told = run()
-    assert status == 2 and "holds a finished run" in told and "--overwrite" in told
+    assert status == 2
+    assert "holds a finished run" in told
+    assert "--overwrite" in told
     assert (folder / "manifest.json").read_bytes() == before
     status, _, _ = run("--overwrite", "--trainer.max_steps", "1")
-    assert status == 0 and json.loads((folder / "manifest.json").read_text())["step"] == 1
+    assert status == 0
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 1
     # What no run wrote is left alone.
-    assert (folder / "notes.txt").read_text() == "mine" and steps(folder) == [0]
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert steps(folder) == [0]
 
 
 def test_resume_goes_on_and_keeps_the_config(run):
     _, folder, _ = run()
     config = (folder / "config.yaml").read_bytes()
     status, _, told = run("--resume", "auto", "--trainer.max_steps", "4")
-    assert status == 0 and "resuming with trainer.max_steps: 4 (was 2)" in told
+    assert status == 0
+    assert "resuming with trainer.max_steps: 4 (was 2)" in told
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["step"] == 4 and manifest["from_step"] == 2
+    assert manifest["step"] == 4
+    assert manifest["from_step"] == 2
     assert (folder / "config.yaml").read_bytes() == config
     assert len(steps(folder)) == 4
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing(run):
     status, folder, _ = run("--resume", "auto")
-    assert status == 0 and len(steps(folder)) == 2
+    assert status == 0
+    assert len(steps(folder)) == 2
 
 
 def test_resume_into_another_folder_does_not_touch_a_run_there(run, tmp_path):
     _, folder, _ = run()
     other = tmp_path / "other"
     status, _, _ = run("--resume", str(folder), "--run", str(other), "--trainer.max_steps", "3")
-    assert status == 0 and json.loads((other / "manifest.json").read_text())["from_step"] == 2
+    assert status == 0
+    assert json.loads((other / "manifest.json").read_text())["from_step"] == 2
     status, _, told = run("--resume", str(folder), "--run", str(other), "--trainer.max_steps", "3")
-    assert status == 2 and "holds a finished run" in told
+    assert status == 2
+    assert "holds a finished run" in told
 
 
 def test_dpo_starts_from_a_run_and_validate_reads_its_weights(tmp_path, tiny_llama, capsys):
@@ -141,8 +152,10 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(tmp_path, tiny_llama):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in told
-    assert "tandem: interrupted" in told and "--resume auto" in told
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "tandem: interrupted" in told
+    assert "--resume auto" in told
     assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
     reached = json.loads((folder / "manifest.json").read_text())["step"]
     resumed = [*command[3:], "--resume", "auto", "--trainer.max_steps", str(reached + 3)]

@@ -359,7 +359,7 @@ def mix_scripts(text: str, rate: float, rng: random.Random) -> str:
 
 
 def long_line(rng: random.Random, longest: int) -> str:
-    """A line of up to `longest` characters: several lines in a row, or few words that come again and again."""
+    """A line of up to `longest` characters: several lines in a row, or a few words again and again."""
     words: list[str] = []
     while sum(map(len, words)) + len(words) < longest:
         words += training_line(rng).split()

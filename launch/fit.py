@@ -1,0 +1,322 @@
+"""`tandem fit` and `tandem validate`: one LightningCLI parser, a run's folder, and resuming.
+
+Launchers start this file as a script on each rank: `fabric run launch/fit.py --config ...`,
+`torchrun launch/fit.py --config ...`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+from callbacks.alarms import Alarms
+from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
+from callbacks.run_manifest import RunManifest
+from callbacks.sample_generation import SampleGeneration
+from callbacks.throughput import Throughput
+from launch.errors import check_yaml, config_files, describe, user_error_in
+from launch.progress import StepProgress
+from launch.quiet import quiet
+from launch.runs import CONFIG, Start, default_folder, open_run
+from launch.sources import build
+from trainer.checkpoint import PortableCheckpointIO, resolve
+from trainer.policy.load import count_parameters
+from trainer.schema import UserError
+
+CALLBACKS: dict[str, type[L.Callback]] = {
+    "checkpoint": ImprovedLossCheckpoint,
+    "samples": SampleGeneration,
+    "throughput": Throughput,
+    "alarms": Alarms,
+    "manifest": RunManifest,
+}
+"""The callbacks that every run has, by the name of their settings; `trainer.callbacks+:` adds others."""
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "deterministic": "warn",
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+_PLACES = {"config", "run", "resume", "overwrite", "trainer.default_root_dir"}
+Command = Literal["fit", "validate", "inspect"]
+
+
+class TandemCLI(LightningCLI):
+    """LightningCLI with the callbacks that every run has, a run's folder, and no subcommands.
+
+    Args:
+        arguments: the command line after the command's name.
+        command: `fit`, `validate`, or `inspect`, which parses and builds nothing.
+    """
+
+    def __init__(self, arguments: Sequence[str], command: Command) -> None:
+        self.command: Command = command
+        self.files = config_files(arguments)
+        self.start: Start | None = None
+        for file in self.files:
+            check_yaml(file)
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "prog": f"tandem {command}",
+                "usage": f"tandem {command} --config FILE [--config FILE ...] [--run DIR] [--SETTING VALUE]",
+                "description": _DESCRIPTIONS[command],
+            },
+            args=list(arguments),
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run", type=str | None, help="The run's folder. Default: runs/<recipe>/<stage>."
+        )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            help="Go on from a checkpoint, a run's newest, or `auto`: the newest valid one here, if any.",
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Start anew in a folder that holds a run."
+        )
+        parser.add_argument("--offline", action="store_true", help="Never ask the network.")
+        parser.add_argument(
+            "--float32_matmul",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Precision of float32 matrix products on a GPU (`high` is TF32).",
+        )
+        parser.add_argument(
+            "--threads",
+            type=PositiveInt | None,
+            help="CPU threads of each process. Tiny models are fastest with 1, above all on a busy machine.",
+        )
+        if self.command == "validate":
+            parser.add_argument(
+                "--weights",
+                type=str | None,
+                help="What to validate: a checkpoint or a run. Default: policy.start.",
+            )
+        for name, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, name)
+        # Without prompts there is nothing to sample, and the callback is left out.
+        parser.set_defaults({"samples.prompts": []})
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            if os.environ.get("TANDEM_DEBUG"):
+                raise
+            raise user_error_in(error) or UserError(describe(error, self.files)) from error
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        torch.set_float32_matmul_precision(self.config.float32_matmul)
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        if self.config.offline:
+            _refuse_network(self.config)
+        if self.command == "inspect":
+            return
+        folder = self._folder()
+        self.config.run = self.config.trainer.default_root_dir = str(folder)
+        if self.command == "fit":
+            self.start = open_run(folder, self.config.resume, self.config.overwrite, first=_first_rank())
+
+    def _folder(self) -> Path:
+        named, root = self.config.run, self.config.trainer.default_root_dir
+        if named and root and Path(named) != Path(root):
+            raise UserError(f"--run {named} and trainer.default_root_dir {root} name two folders; give one")
+        return Path(named or root or default_folder(self.files))
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self.command != "inspect":
+            super().instantiate_classes()
+
+    def data_only(self) -> Any:
+        """The datamodule alone, for commands that look at data."""
+        return build(L.LightningDataModule, self.config.data.as_dict(), "data")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings = {**self.config_init.trainer.as_dict(), **kwargs}
+        extra = settings.pop("callbacks") or []
+        callbacks = [*(extra if isinstance(extra, list) else [extra])]
+        if self.command == "fit":
+            callbacks += [
+                self.config_init[name]
+                for name in CALLBACKS
+                if name != "samples" or self.config.samples.prompts
+            ]
+            callbacks.append(
+                KeepConfig(self.parser, self.config, resumed=bool(self.start and self.start.checkpoint))
+            )
+            callbacks.append(Announce(self.start.checkpoint if self.start else None))
+            if settings["enable_progress_bar"] is not False and not any(
+                isinstance(c, ProgressBar) for c in callbacks
+            ):
+                callbacks.append(StepProgress())
+        plugins = settings.pop("plugins") or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), PortableCheckpointIO()]
+        if self.command == "validate":
+            settings["logger"] = False
+        elif settings["logger"] in (None, True):
+            settings["logger"] = TensorBoardLogger(
+                settings["default_root_dir"], name="", version="", default_hp_metric=False
+            )
+        return L.Trainer(**settings, callbacks=callbacks, plugins=plugins)
+
+
+_DESCRIPTIONS: dict[Command, str] = {
+    "fit": "Train a policy. Configs stack: a later file overrides an earlier one, the command line both."
+    " --SETTING is any setting of a config: --trainer.max_steps 100, --model.optimizer.lr 0.001.",
+    "validate": "Compute a config's validation metrics and print them as JSON. Configs stack as for `fit`.",
+    "inspect": "Look at one example of a config's data.",
+}
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes the resolved config beside a new run; on a resume keeps what is there and names what differs."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, resumed: bool) -> None:
+        super().__init__(parser, config, CONFIG, overwrite=True)
+        self.resumed = resumed
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        path, self.already_saved = Path(trainer.default_root_dir) / CONFIG, True
+        now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({key: value for key, value in now.items() if key not in _PLACES})
+        if self.resumed and path.is_file():
+            for key, (before, after) in sorted(differences(check_yaml(path), now).items()):
+                print(f"resuming with {key}: {after} (was {before})", file=sys.stderr)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two configs, places (run, resume, ...) aside."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    keys = sorted({*old, *new} - _PLACES)
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, dict) and value:
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+class Announce(L.Callback):
+    """Says on stderr what is trained, where it goes, and where the best checkpoint lies."""
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        resumed = f", resumed from {self.checkpoint}" if self.checkpoint else ""
+        print(f"run: {trainer.default_root_dir}{resumed}", file=sys.stderr)
+        print(f"policy: {count_parameters(pl_module.policy)}", file=sys.stderr)  # type: ignore[arg-type]
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            best = Path(trainer.default_root_dir) / "checkpoints" / "best"
+            where = f", best checkpoint: {best}" if best.exists() else ""
+            print(f"finished at step {trainer.global_step}{where}", file=sys.stderr)
+
+
+def _refuse_network(config: Any) -> None:
+    """Set every `offline` setting of the model and the data."""
+    if isinstance(config, Namespace):
+        for key, value in vars(config).items():
+            if key == "offline" and isinstance(value, bool):
+                config[key] = True
+            else:
+                _refuse_network(value)
+
+
+def _first_rank() -> bool:
+    # Lightning 2.6 has set it from the launcher's environment variables when it was imported.
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """`tandem fit`: train; returns the exit status."""
+    quiet()
+    cli = TandemCLI(arguments, "fit")
+    assert cli.start is not None
+    again = f"`--resume auto` goes on from {cli.config.run}"
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint)
+    except SIGTERMException:
+        # Lightning would exit with 0, and a job that was cut short would read as completed.
+        print(f"tandem: terminated; {again}", file=sys.stderr)
+        return 128 + 15
+    except SystemExit as end:
+        # Lightning 2.6 turns Ctrl-C into exit status 1.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            print(f"tandem: {again}", file=sys.stderr)
+            raise KeyboardInterrupt from end
+        raise
+    return 0
+
+
+def validate(arguments: Sequence[str]) -> int:
+    """`tandem validate`: print the validation metrics as JSON on stdout; returns the exit status."""
+    quiet()
+    # Validation needs none of the callbacks whose state a checkpoint holds.
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    cli = TandemCLI(arguments, "validate")
+    checkpoint = None if cli.config.weights is None else str(resolve(cli.config.weights))
+    results = cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
+    if cli.trainer.is_global_zero:
+        print(json.dumps({key: value for result in results for key, value in result.items()}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    from launch.cli import main
+
+    sys.exit(main(["fit", *sys.argv[1:]]))

@@ -1,0 +1,91 @@
+"""A model that answers, from command-line settings: base and adapter, tokenizer, its prompt template."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from launch.quiet import quiet
+from trainer.data.homoglyphs import INSTRUCTION
+from trainer.policy.folders import read_manifest, resolve
+from trainer.policy.load import PolicyConfig, fingerprint, load_policy, load_tokenizer, saved_policy
+from trainer.schema import UserError
+
+TINY = Path(__file__).resolve().parent.parent / "configs" / "models" / "tiny_letters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A model ready to answer. `prompt_template` holds `{text}` where the adapter was trained with one."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    prompt_template: str | None
+    description: dict[str, Any]
+
+
+def answering(given: Namespace) -> Answering:
+    """Load what the settings of `launch.commands.parsing.add_model` say."""
+    quiet()
+    # DeepSpeed, which PEFT imports when it is installed, logs to stdout: that is for the answers alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        return _load(given)
+
+
+def _load(given: Namespace) -> Answering:
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    config = _policy_config(given)
+    model = load_policy(config)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
+    manifest = (
+        read_manifest(resolve(given.adapter)) if given.adapter and resolve(given.adapter).is_dir() else None
+    ) or {}
+    description = {
+        "base": config.base,
+        "adapter": given.adapter,
+        "step": manifest.get("step"),
+        "dtype": config.dtype,
+        "fingerprint": fingerprint(config),
+    }
+    print(f"model: {config.base}{f' with {config.start}' if config.start else ''}", file=sys.stderr)
+    template = manifest.get("prompt_template")
+    if given.adapter is None and Path(config.base).resolve() == TINY:
+        template = INSTRUCTION
+    model.eval().to(_device(given.device))  # type: ignore[arg-type]
+    return Answering(model, tokenizer, template, description)
+
+
+def _policy_config(given: Namespace) -> PolicyConfig:
+    names = ("revision", "dtype", "offline", "trust_remote_code")
+    settings = {name: getattr(given, name) for name in names}
+    if given.adapter is not None:
+        return saved_policy(given.adapter, given.base, **settings)
+    return PolicyConfig(given.base or str(TINY), adapter=None, **settings)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: there is no CUDA device here; give cpu")
+    return device
+
+
+def config_tokenizer(config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a fit config trains with: the data's own if it names one, else the policy's."""
+    own = config.data.init_args.get("tokenizer")
+    policy = config.model.init_args.policy
+    if own is not None:
+        return load_tokenizer(own, offline=policy.offline)
+    return load_tokenizer(policy.base, policy.revision, policy.offline, policy.trust_remote_code)

@@ -1,0 +1,250 @@
+"""`tandem run RECIPE`: a recipe's stages, each a process of its own; those that are done are skipped.
+
+A recipe is a YAML file:
+
+    name: letters                   # its runs lie in runs/<name>
+    title: Letters                  # for the report
+    names:                          # what `--set name=value` replaces; ./ and ../ are relative to this file
+      base: ../models/tiny_letters
+    stages:
+      - name: sft                   # its folder is runs/<name>/sft, and is called {sft}
+        command: fit                # any tandem command
+        config: [sft.yaml]          # for `fit`: relative to this file
+        arguments:                  # --model.policy.base {base}; no value: a flag; a list: several words
+          model.policy.base: "{base}"
+        inputs: ["{base}"]          # files and folders whose content counts, besides those named above
+        outputs: ["{folder}/checkpoints/best"]
+        repeat: 3                   # sft-1, sft-2, sft-3; {iteration}; {previous}: the folder before
+        previous: "{base}"          # what {previous} is in the first one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from jsonargparse import ArgumentParser
+
+from launch.commands.parsing import command_parser
+from launch.runs import status
+from launch.stages import (
+    Recipe,
+    Step,
+    changed,
+    fingerprint,
+    load_recipe,
+    missing,
+    plan,
+    record,
+    record_recipe,
+    recorded,
+)
+from trainer.schema import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which stages to run, and whether also those that are done."""
+
+    only: tuple[str, ...] = ()
+    first: str | None = None
+    force: bool = False
+
+    def pick(self, steps: Sequence[Step]) -> list[Step]:
+        """The chosen steps; an unknown name is a `UserError` that lists them. A repeated stage means all."""
+        for name in (*self.only, *([self.first] if self.first else [])):
+            if not any(step.called(name) for step in steps):
+                known = ", ".join(dict.fromkeys(step.name for step in steps))
+                raise UserError(f"no stage `{name}` in this recipe; its stages are {known}")
+        start = next((i for i, step in enumerate(steps) if self.first and step.called(self.first)), 0)
+        return [step for step in steps[start:] if not self.only or any(map(step.called, self.only))]
+
+
+def parser() -> ArgumentParser:
+    """The arguments of `tandem run`."""
+    made = command_parser(
+        "run",
+        "Run the stages of a recipe that are not done yet. A stage is done as long as its settings, its"
+        " inputs' content and the code are what they were.",
+    )
+    made.add_argument("recipe", type=str, help="The recipe's YAML file.")
+    made.add_argument(
+        "--set", type=str, action="append", default=[], metavar="NAME=VALUE", help="Replace a name."
+    )
+    made.add_argument(
+        "--output", type=str | None, help="Folder for the runs. Default: runs/<name of the recipe>."
+    )
+    made.add_argument(
+        "--only", type=str, nargs="+", default=[], metavar="STAGE", help="Run these stages only."
+    )
+    made.add_argument("--from", type=str | None, dest="first", metavar="STAGE", help="Start at this stage.")
+    made.add_argument("--force", action="store_true", help="Run the chosen stages also if they are done.")
+    made.add_argument("--dry_run", action="store_true", help="Say what would run, and run nothing.")
+    made.add_argument("--offline", action="store_true", help="Never ask the network.")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a recipe; returns 0, or the exit status of the stage that failed."""
+    given = parser().parse_args(list(arguments))
+    recipe = load_recipe(Path(given.recipe))
+    steps = plan(recipe, _settings(given.set), Path(given.output) if given.output else None)
+    chosen = Choice(tuple(given.only), given.first, given.force).pick(steps)
+    if given.dry_run:
+        for step in chosen:
+            print(f"{step.name}: {_state(step, given.force) or 'done'}\n  tandem {step.shown}")
+        return 0
+    with _lock(steps[0].root):
+        typed = shlex.join(["tandem", "run", *arguments])
+        record_recipe(recipe, steps[0].root, [typed, *(f"tandem {step.shown}" for step in steps)])
+        return _run_all(recipe, steps, chosen, given.force, given.offline)
+
+
+def _settings(words: Sequence[str]) -> dict[str, str]:
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {word}: should be NAME=VALUE")
+        settings[name] = value
+    return settings
+
+
+def _run_all(
+    recipe: Recipe, steps: Sequence[Step], chosen: Sequence[Step], force: bool, offline: bool
+) -> int:
+    seconds: dict[str, float] = {}
+    skipped = []
+    for number, step in enumerate(chosen, start=1):
+        reason = _state(step, force)
+        if reason is None:
+            skipped.append(step.name)
+            _say(f"[{number}/{len(chosen)}] {step.name}: done before, skipped")
+            continue
+        _say(f"[{number}/{len(chosen)}] {step.name}: {reason}\n  tandem {step.shown}")
+        exit_status, seconds[step.name] = _run(step, force, offline)
+        if exit_status:
+            _say(f"tandem: stage {step.name} ended with exit status {exit_status}; go on by the same command")
+            return exit_status
+    for line in ending(recipe, chosen, seconds, skipped):
+        _say(line)
+    return 0
+
+
+def _state(step: Step, force: bool) -> str | None:
+    """Why the step has to run, or None if it is done."""
+    if force:
+        return "forced"
+    before = recorded(step)
+    if before is None:
+        return "not done yet"
+    if before["status"] != "finished":
+        return f"{before['status']} last time"
+    if absent := [path for path in step.outputs if not path.exists()]:
+        return f"{absent[0]} is missing"
+    if step.command[0] == "fit" and (state := status(step.folder)) != "finished":
+        return f"its manifest says {state}"
+    differs = changed(before["hashes"], fingerprint(step))
+    return f"runs again, since {differs} changed" if differs else None
+
+
+def _run(step: Step, force: bool, offline: bool) -> tuple[int, float]:
+    """Run one step in a process of its own; returns its exit status and its wall time in seconds."""
+    if absent := missing(step):
+        raise UserError(
+            f"stage {step.name}: its input {absent} is missing; run the stage that makes it first"
+        )
+    hashes, before = fingerprint(step), recorded(step)
+    command = [sys.executable, "-m", "launch", *step.words]
+    if step.command[0] == "fit":
+        # An interrupted stage goes on where it was, but only if nothing that it depends on has changed since.
+        same = before is not None and before["status"] != "finished" and not changed(before["hashes"], hashes)
+        command += ["--resume", "auto"] if same and not force else ["--overwrite"]
+    if offline:
+        command.append("--offline")
+    record(step, "running", hashes)
+    began = time.monotonic()
+    exit_status = _process(command)
+    seconds = time.monotonic() - began
+    absent_outputs = [path for path in step.outputs if not path.exists()]
+    done = exit_status == 0 and not absent_outputs
+    record(
+        step,
+        "finished" if done else "interrupted" if exit_status in (130, 143) else "failed",
+        hashes,
+        seconds,
+    )
+    if exit_status == 0 and absent_outputs:
+        raise UserError(f"stage {step.name}: ended without an error, but {absent_outputs[0]} is not there")
+    return exit_status, seconds
+
+
+def _process(command: list[str]) -> int:
+    """Run a command; Ctrl-C and SIGTERM reach it, and its exit status comes back (128 + n for signal n)."""
+    process = subprocess.Popen(command)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    try:
+        while True:
+            try:
+                returned = process.wait()
+                return returned if returned >= 0 else 128 - returned
+            except KeyboardInterrupt:
+                # The terminal sent it to the stage too: let it save and end by itself.
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ending(
+    recipe: Recipe, steps: Sequence[Step], seconds: dict[str, float], skipped: Sequence[str]
+) -> list[str]:
+    """The last lines: how long each stage took, and where the report lies."""
+    each = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    done = f"; done before: {', '.join(skipped)}" if skipped else ""
+    lines = [
+        f"\n{recipe.name}: finished in {duration(sum(seconds.values()))}{f' ({each})' if each else ''}{done}"
+    ]
+    reports = [path for step in steps if step.command[0] == "report" for path in step.outputs]
+    return lines + [f"report: {path}" for path in reports if path.suffix == ".html"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 41 s, 2 min 5 s, 3 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextlib.contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """Keep a second `tandem run` out of the same folder; the lock goes with the process, however it ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{root}: another `tandem run` is at work here; wait for it, or give --output"
+            ) from error
+        yield
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
