@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,7 +11,6 @@ from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
@@ -92,7 +90,8 @@ class EarlyStopping(LightningEarlyStopping):
         if self.every_n_steps is not None and self.every_n_steps < 1:
             raise UserError(f"{name}.every_n_steps: {self.every_n_steps} is not possible; give 1 or more")
         if self.restore_best:
-            self._checkpoints(trainer)
+            # Lightning runs checkpoint callbacks last, so that all others find the last step's weights.
+            self._checkpoints(trainer).restore_best = True
 
     def _checkpoints(self, trainer: L.Trainer) -> ImprovedLossCheckpoint:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -158,17 +157,6 @@ class EarlyStopping(LightningEarlyStopping):
             self.stopped_epoch, self.stopping_reason_message = trainer.current_epoch, reason
             rank_zero_info(f"EarlyStopping at step {trainer.global_step}: {reason}")
 
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.restore_best or is_dry_run(trainer):
-            return
-        checkpoints = self._checkpoints(trainer)
-        # The end is saved before its weights are replaced, so that `last` stays a point to go on from.
-        checkpoints.finish(trainer)
-        if checkpoints.best_name and Path(checkpoints.best_model_path).exists():
-            _load_weights(trainer, pl_module, checkpoints.best_model_path)
-            rank_zero_info(f"EarlyStopping: the weights of {checkpoints.best_model_path} are back")
-
     def summary(self) -> dict[str, Any]:
         """For the run's manifest."""
         stopped = self.stopping_reason != EarlyStoppingReason.NOT_STOPPED
@@ -197,11 +185,3 @@ class EarlyStopping(LightningEarlyStopping):
         if self.wait_count < self.patience:
             self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
         self.window.load_state_dict(state_dict["window"])
-
-
-def _load_weights(trainer: L.Trainer, pl_module: L.LightningModule, path: str) -> None:
-    """The way Lightning's own resume takes, for every strategy; the random numbers of now stay."""
-    with isolate_rng():
-        checkpoint = trainer.strategy.load_checkpoint(path)
-    pl_module.on_load_checkpoint(checkpoint)
-    trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError
 from typing_extensions import override
 
@@ -67,6 +69,7 @@ class ImprovedLossCheckpoint(Checkpoint):
         self.on_validation = is_validation_metric(monitor)
         self.given_save_steps = save_steps
         self.save_steps = save_steps if save_steps is not None or self.on_validation else DEFAULT_SAVE_STEPS
+        self.restore_best = False  # set by EarlyStopping
         self.best: float | None = None
         self.best_name: str | None = None
         self.saved: list[str] = []
@@ -154,12 +157,12 @@ class ImprovedLossCheckpoint(Checkpoint):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.finish(trainer)
-
-    def finish(self, trainer: L.Trainer) -> None:
-        """Save the end of the run as `last` if it is not saved yet; calling it twice saves once."""
+        """Save the end as `last` if it is not saved yet; then load the best weights, if that is asked for."""
         if trainer.global_step:
             self._save_if_wanted(trainer, False, float("nan"))
+        if self.restore_best and self.best_name and (self._root / self.best_name).exists():
+            _load_weights(trainer, pl_module, self.best_model_path)
+            rank_zero_info(f"ImprovedLossCheckpoint: the weights of {self.best_model_path} are back")
 
     def _improved(self, trainer: L.Trainer, value: float) -> bool:
         # Rank zero decides for all, so that a last digit that differs between ranks cannot part them.
@@ -234,6 +237,14 @@ def _validates_now(trainer: L.Trainer) -> bool:
     if loop._data_fetcher is None or not has_validation_data(trainer):
         return False
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _load_weights(trainer: L.Trainer, pl_module: L.LightningModule, path: str) -> None:
+    """The way Lightning's own resume takes, for every strategy; the random numbers of now stay."""
+    with isolate_rng():
+        checkpoint = trainer.strategy.load_checkpoint(path)
+    pl_module.on_load_checkpoint(checkpoint)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
 
 def _attempt(trainer: L.Trainer, action: Callable[[], None], barrier: str | None = None) -> str | None:

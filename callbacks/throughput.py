@@ -22,8 +22,9 @@ _GB = 1e9
 class Throughput(Callback):
     """Logs tokens and examples (pairs or demonstrations) a second every `every_n_steps` optimizer steps.
 
-    Over all ranks. `train/tokens_per_second` counts what went through the policy (`batch.rows.tokens`). The
-    clock stops during validation; data loading, samples and checkpoints are in it. Memory is the peak of
+    Over all ranks. `train/tokens_per_second` counts what went through the policy (`batch.rows.tokens`). Its
+    clock stops during validation; data loading, samples and checkpoints are in it. Each validation has its
+    own: `val/tokens_per_second`, from its start to its end. Memory is the peak of
     the worst rank so far, in GB (1e9 bytes): `memory/peak_rss_gb`, and `memory/peak_cuda_gb` on a GPU.
 
     Raises:
@@ -33,7 +34,8 @@ class Throughput(Callback):
     def __init__(self, every_n_steps: int = 20) -> None:
         self.every_n_steps = every_n_steps
         self.tokens_total, self.examples_total, self.seconds_total = 0, 0, 0.0
-        self._tokens, self._examples, self._since, self._paused_at = 0, 0, 0.0, 0.0
+        self._tokens, self._examples, self._since = 0, 0, 0.0
+        self._validation_tokens, self._paused_at = 0, 0.0
         self._unit = "examples"
         self.steps = StepEnds()
 
@@ -49,10 +51,21 @@ class Throughput(Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._paused_at = time.perf_counter()
+        self._validation_tokens, self._paused_at = 0, time.perf_counter()
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self._validation_tokens += _tokens(batch)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        seconds = time.perf_counter() - self._paused_at
+        if not trainer.sanity_checking:
+            count = torch.tensor(float(self._validation_tokens), device=trainer.strategy.root_device)
+            tokens = float(trainer.strategy.reduce(count, reduce_op="sum"))
+            log_metrics(trainer, {"val/tokens_per_second": tokens / seconds})
         self._since += time.perf_counter() - self._paused_at
 
     @override
@@ -70,10 +83,9 @@ class Throughput(Callback):
             log_metrics(trainer, values)
 
     def _count(self, batch: Any) -> None:
-        share, rows = getattr(batch, "share", None), getattr(batch, "rows", None)
-        if share is not None and not share.example_weight and not share.token_weight:
-            return  # a filler, so that every rank makes equally many forwards
-        self._tokens += int(rows.tokens) if rows is not None else 0
+        if _is_filler(batch):
+            return
+        self._tokens += _tokens(batch)
         pairs = getattr(batch, "pairs", None)
         self._unit = "examples" if pairs is None else "pairs"
         self._examples += int(pairs) if pairs is not None else len(getattr(batch, "ids", ()))
@@ -117,6 +129,17 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_total, self.examples_total = int(state_dict["tokens"]), int(state_dict["examples"])
         self.seconds_total = float(state_dict["seconds"])
+
+
+def _is_filler(batch: Any) -> bool:
+    """Whether the batch is there only so that every rank makes equally many forwards."""
+    share = getattr(batch, "share", None)
+    return share is not None and not share.example_weight and not share.token_weight
+
+
+def _tokens(batch: Any) -> int:
+    rows = getattr(batch, "rows", None)
+    return 0 if rows is None or _is_filler(batch) else int(rows.tokens)
 
 
 def _peak_gb(device: torch.device) -> list[float]:

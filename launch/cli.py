@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"error: no command `{arguments[0]}`; {hint}", USAGE)
     try:
         return _dispatch(arguments[0], arguments[1:])
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _complain(f"interrupted; {stop}" if str(stop) else "interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has gone: nobody is left to complain to, not even at exit's flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

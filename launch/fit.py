@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -35,7 +35,7 @@ from callbacks.throughput import Throughput
 from launch.errors import check_yaml, config_files, describe, user_error_in
 from launch.progress import StepProgress
 from launch.quiet import quiet
-from launch.runs import CONFIG, Start, default_folder, open_run
+from launch.runs import CONFIG, Replaced, Start, default_folder, open_run
 from launch.sources import build
 from trainer.checkpoint import PortableCheckpointIO, resolve
 from trainer.policy.load import count_parameters
@@ -152,12 +152,22 @@ class TandemCLI(LightningCLI):
         self.config.run = self.config.trainer.default_root_dir = str(folder)
         if self.command == "fit":
             self.start = open_run(folder, self.config.resume, self.config.overwrite, first=_first_rank())
+            self._refuse_start_in(self.start.replaced)
 
     def _folder(self) -> Path:
         named, root = self.config.run, self.config.trainer.default_root_dir
         if named and root and Path(named) != Path(root):
             raise UserError(f"--run {named} and trainer.default_root_dir {root} name two folders; give one")
         return Path(named or root or default_folder(self.files))
+
+    def _refuse_start_in(self, replaced: Replaced) -> None:
+        """A run cannot start from what it replaces."""
+        for key, value in _flat(self.config.model.as_dict()):
+            if isinstance(value, str) and replaced.holds(Path(value)):
+                name = ".".join(part for part in key.split(".") if part != "init_args")
+                raise UserError(
+                    f"model.{name}: {value} is what --overwrite replaces; give another --run FOLDER"
+                )
 
     @override
     def instantiate_classes(self) -> None:
@@ -171,24 +181,15 @@ class TandemCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = {**self.config_init.trainer.as_dict(), **kwargs}
-        extra = settings.pop("callbacks") or []
-        callbacks = [*(extra if isinstance(extra, list) else [extra])]
-        if self.command == "fit":
-            callbacks += [
-                self.config_init[name]
-                for name in CALLBACKS
-                if name != "samples" or self.config.samples.prompts
-            ]
-            callbacks.append(
-                KeepConfig(self.parser, self.config, resumed=bool(self.start and self.start.checkpoint))
-            )
-            callbacks.append(Announce(self.start.checkpoint if self.start else None))
-            if settings["enable_progress_bar"] is not False and not any(
-                isinstance(c, ProgressBar) for c in callbacks
-            ):
-                callbacks.append(StepProgress())
-        plugins = settings.pop("plugins") or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), PortableCheckpointIO()]
+        callbacks = _as_list(settings.pop("callbacks"))
+        if self.start is not None:
+            # In this order, so that samples and manifest see the run before an extra callback changes it.
+            callbacks = [*self._own_callbacks(bool(settings["fast_dev_run"]), self.start), *callbacks]
+        if settings["enable_progress_bar"] is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            callbacks.append(StepProgress())
+        plugins = [*_as_list(settings.pop("plugins")), PortableCheckpointIO()]
         if self.command == "validate":
             settings["logger"] = False
         elif settings["logger"] in (None, True):
@@ -197,36 +198,65 @@ class TandemCLI(LightningCLI):
             )
         return L.Trainer(**settings, callbacks=callbacks, plugins=plugins)
 
+    def _own_callbacks(self, dry: bool, start: Start) -> list[L.Callback]:
+        """The callbacks of every run; a dry one (fast_dev_run) leaves config and manifest as they are."""
+        left_out = {"manifest"} if dry else set()
+        if not self.config.samples.prompts:
+            left_out.add("samples")
+        named = [self.config_init[name] for name in CALLBACKS if name not in left_out]
+        kept = [] if dry else [KeepConfig(self.parser, self.config, start)]
+        return [*kept, *named, Announce(start.checkpoint)]
+
 
 _DESCRIPTIONS: dict[Command, str] = {
     "fit": "Train a policy. Configs stack: a later file overrides an earlier one, the command line both."
-    " --SETTING is any setting of a config: --trainer.max_steps 100, --model.optimizer.lr 0.001.",
+    " --SETTING is any setting of a config: --trainer.max_steps 100, --model.optimizer.lr 0.001."
+    " --model.help trainer.module.PreferenceModule (or SupervisedModule) shows a model's settings,"
+    " --data.help trainer.data.datamodule.PreferenceData (or SupervisedData) those of the data.",
     "validate": "Compute a config's validation metrics and print them as JSON. Configs stack as for `fit`.",
     "inspect": "Look at one example of a config's data.",
 }
 
 
-class KeepConfig(SaveConfigCallback):
-    """Writes the resolved config beside a new run; on a resume keeps what is there and names what differs."""
+class KeepConfig(L.Callback):
+    """Writes the resolved config beside a new run; on a resume keeps what is there and names what differs.
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, resumed: bool) -> None:
-        super().__init__(parser, config, CONFIG, overwrite=True)
-        self.resumed = resumed
+    Model and data are there by then: only now does the run that is replaced make room, and only with the
+    first batch, when every callback has found its settings possible, is it gone.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, start: Start) -> None:
+        self.parser, self.config, self.start = parser, config, start
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.already_saved or not trainer.is_global_zero:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Right after this hook Lightning has the loggers write down what they know.
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.log_hyperparams(
+                {key: value for key, value in self._settings().items() if key not in _PLACES}
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
-        path, self.already_saved = Path(trainer.default_root_dir) / CONFIG, True
-        now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        for logger in trainer.loggers:
-            logger.log_hyperparams({key: value for key, value in now.items() if key not in _PLACES})
-        if self.resumed and path.is_file():
-            for key, (before, after) in sorted(differences(check_yaml(path), now).items()):
+        self.start.replaced.put_aside()
+        path = Path(trainer.default_root_dir) / CONFIG
+        if self.start.checkpoint and path.is_file():
+            changes = differences(check_yaml(path), self._settings())
+            for key, (before, after) in sorted(changes.items()):
                 print(f"resuming with {key}: {after} (was {before})", file=sys.stderr)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.is_global_zero:
+            self.start.replaced.drop()
 
 
 def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
@@ -267,6 +297,10 @@ class Announce(L.Callback):
             print(f"finished at step {trainer.global_step}{where}", file=sys.stderr)
 
 
+def _as_list(given: Any) -> list[Any]:
+    return [*given] if isinstance(given, list) else [given] if given else []
+
+
 def _refuse_network(config: Any) -> None:
     """Set every `offline` setting of the model and the data."""
     if isinstance(config, Namespace):
@@ -287,20 +321,28 @@ def fit(arguments: Sequence[str]) -> int:
     quiet()
     cli = TandemCLI(arguments, "fit")
     assert cli.start is not None
-    again = f"`--resume auto` goes on from {cli.config.run}"
+    replaced = cli.start.replaced
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint)
     except SIGTERMException:
         # Lightning would exit with 0, and a job that was cut short would read as completed.
-        print(f"tandem: terminated; {again}", file=sys.stderr)
+        print(f"tandem: terminated; {_left(replaced)}", file=sys.stderr)
         return 128 + 15
     except SystemExit as end:
         # Lightning 2.6 turns Ctrl-C into exit status 1.
         if isinstance(end.__context__, KeyboardInterrupt):
-            print(f"tandem: {again}", file=sys.stderr)
-            raise KeyboardInterrupt from end
+            raise KeyboardInterrupt(_left(replaced)) from end
         raise
+    finally:
+        replaced.put_back()
     return 0
+
+
+def _left(replaced: Replaced) -> str:
+    """What an interrupted run leaves, in words."""
+    if replaced.gone:
+        return f"`--resume auto` goes on from {replaced.folder}"
+    return f"the run in {replaced.folder} is as it was"
 
 
 def validate(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from launch.quiet import quiet
 from trainer.data.homoglyphs import INSTRUCTION
 from trainer.policy.folders import read_manifest, resolve
-from trainer.policy.load import PolicyConfig, fingerprint, load_policy, load_tokenizer, saved_policy
+from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
 from trainer.schema import UserError
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "models" / "tiny_letters"
@@ -43,8 +43,7 @@ def _load(given: Namespace) -> Answering:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     config = _policy_config(given)
-    model = load_policy(config)
-    model.requires_grad_(False)
+    model = load_frozen(config)
     tokenizer = load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
     manifest = (
         read_manifest(resolve(given.adapter)) if given.adapter and resolve(given.adapter).is_dir() else None
@@ -60,7 +59,7 @@ def _load(given: Namespace) -> Answering:
     template = manifest.get("prompt_template")
     if given.adapter is None and Path(config.base).resolve() == TINY:
         template = INSTRUCTION
-    model.eval().to(_device(given.device))  # type: ignore[arg-type]
+    model.to(_device(given.device))  # type: ignore[arg-type]
     return Answering(model, tokenizer, template, description)
 
 
@@ -83,9 +82,6 @@ def _device(name: str | None) -> torch.device:
 
 
 def config_tokenizer(config: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that a fit config trains with: the data's own if it names one, else the policy's."""
-    own = config.data.init_args.get("tokenizer")
+    """The tokenizer that a fit config trains with: the policy's."""
     policy = config.model.init_args.policy
-    if own is not None:
-        return load_tokenizer(own, offline=policy.offline)
     return load_tokenizer(policy.base, policy.revision, policy.offline, policy.trust_remote_code)

@@ -1,7 +1,8 @@
-"""A progress bar over optimizer steps, with the time left: epochs say little where a run counts steps."""
+"""Progress bars with the time left: over optimizer steps, and over the batches of a validation."""
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -10,15 +11,21 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from typing_extensions import override
 
+# A validation that takes less needs no bar.
+VALIDATION_DELAY_SECONDS = 3.0
 _SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
 class StepProgress(ProgressBar):
-    """Optimizer steps done of all, loss, reward accuracy and margin; on stderr, on rank zero."""
+    """Optimizer steps done of all, loss, reward accuracy and margin; on stderr, on rank zero.
+
+    A validation that takes more than some seconds has a bar of its own below.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.bar: tqdm | None = None
+        self.validation: tqdm | None = None
         self.enabled = True
 
     @override
@@ -31,17 +38,14 @@ class StepProgress(ProgressBar):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done, total = trainer.global_step, total_steps(trainer)
+        self.bar = self._opened(total=total, initial=done, desc="training", unit="step")
+
+    def _opened(self, **settings: Any) -> tqdm:
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total_steps(trainer),
-            initial=trainer.global_step,
-            desc="training",
-            unit="step",
-            disable=not self.enabled,
-            dynamic_ncols=terminal,
-            # In a log file every refresh is a line.
-            mininterval=0.2 if terminal else 10.0,
-        )
+        # In a log file every refresh is a line.
+        often = 0.2 if terminal else 10.0
+        return tqdm(disable=not self.enabled, dynamic_ncols=terminal, mininterval=often, **settings)
 
     @override
     def on_train_batch_end(
@@ -55,6 +59,31 @@ class StepProgress(ProgressBar):
         self.bar.update(trainer.global_step - self.bar.n)
 
     @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batches = sum(trainer.num_val_batches)
+        self.validation = self._opened(
+            total=batches if math.isfinite(batches) else None,
+            desc="validation",
+            unit="batch",
+            delay=VALIDATION_DELAY_SECONDS,
+            position=1 if self.bar is not None and sys.stderr.isatty() else 0,
+            leave=False,
+        )
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.validation is not None:
+            self.validation.update()
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.validation is not None:
+            self.validation.close()
+            self.validation = None
+
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
 
@@ -65,9 +94,10 @@ class StepProgress(ProgressBar):
         self._close()
 
     def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        for bar in (self.validation, self.bar):
+            if bar is not None:
+                bar.close()
+        self.validation = self.bar = None
 
 
 def total_steps(trainer: L.Trainer) -> int | None:

@@ -28,9 +28,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -40,6 +41,7 @@ from launch.stages import (
     Recipe,
     Step,
     changed,
+    content_hash,
     fingerprint,
     load_recipe,
     missing,
@@ -48,6 +50,7 @@ from launch.stages import (
     record_recipe,
     recorded,
 )
+from trainer.report.runs import duration
 from trainer.schema import UserError
 
 
@@ -165,13 +168,14 @@ def _run(step: Step, force: bool, offline: bool) -> tuple[int, float]:
         )
     hashes, before = fingerprint(step), recorded(step)
     command = [sys.executable, "-m", "launch", *step.words]
+    resumed, replaces = not force and resumes(step, before, hashes), manifest_hash(step)
+    if resumed and before is not None:
+        replaces = before.get("replaces")
     if step.command[0] == "fit":
-        # An interrupted stage goes on where it was, but only if nothing that it depends on has changed since.
-        same = before is not None and before["status"] != "finished" and not changed(before["hashes"], hashes)
-        command += ["--resume", "auto"] if same and not force else ["--overwrite"]
+        command += ["--resume", "auto"] if resumed else ["--overwrite"]
     if offline:
         command.append("--offline")
-    record(step, "running", hashes)
+    record(step, "running", hashes, replaces)
     began = time.monotonic()
     exit_status = _process(command)
     seconds = time.monotonic() - began
@@ -181,11 +185,29 @@ def _run(step: Step, force: bool, offline: bool) -> tuple[int, float]:
         step,
         "finished" if done else "interrupted" if exit_status in (130, 143) else "failed",
         hashes,
+        replaces,
         seconds,
     )
     if exit_status == 0 and absent_outputs:
         raise UserError(f"stage {step.name}: ended without an error, but {absent_outputs[0]} is not there")
     return exit_status, seconds
+
+
+def resumes(step: Step, before: Mapping[str, Any] | None, hashes: Mapping[str, str]) -> bool:
+    """Whether a fit goes on where it was interrupted: nothing that it depends on has changed since.
+
+    What lies in its folder has to be of that attempt. One that ended before its first batch left the run
+    that it was to replace, whose manifest's hash it wrote down.
+    """
+    if before is None or before["status"] == "finished" or changed(before["hashes"], hashes):
+        return False
+    return manifest_hash(step) != before.get("replaces")
+
+
+def manifest_hash(step: Step) -> str | None:
+    """Which run lies in the step's folder."""
+    path = step.folder / "manifest.json"
+    return content_hash(path) if path.is_file() else None
 
 
 def _process(command: list[str]) -> int:
@@ -215,21 +237,11 @@ def ending(
     """The last lines: how long each stage took, and where the report lies."""
     each = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     done = f"; done before: {', '.join(skipped)}" if skipped else ""
-    lines = [
-        f"\n{recipe.name}: finished in {duration(sum(seconds.values()))}{f' ({each})' if each else ''}{done}"
-    ]
+    whole = f"{duration(sum(seconds.values()))}{f' ({each})' if each else ''}"
+    # Written for pages: a terminal has no use for spaces that do not break.
+    lines = [f"\n{recipe.name}: finished in {whole}{done}".replace("\u00a0", " ")]
     reports = [path for step in steps if step.command[0] == "report" for path in step.outputs]
     return lines + [f"report: {path}" for path in reports if path.suffix == ".html"]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 41 s, 2 min 5 s, 3 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 @contextlib.contextmanager

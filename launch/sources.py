@@ -20,9 +20,34 @@ def text_source(path: str) -> TextSource:
     return build(TextSource, content, path)
 
 
-def letters_of(texts: TextSource, stage: Literal["sft", "dpo", "evaluation"]) -> Letters:
-    """The letters task over these texts, with default settings."""
-    return Letters(texts, kind="demonstration", stage=stage)
+def letters_of(
+    path: str,
+    kind: Literal["demonstration", "preference"],
+    stage: Literal["sft", "dpo", "evaluation"],
+    shares: dict[str, float] | None = None,
+    limit: int | None = None,
+) -> Letters:
+    """The letters task over a YAML file's texts, in whatever languages they come.
+
+    The file describes a text source; or it is a config of `fit` (a stage's, or `config.yaml` of a run): then
+    texts and shares of the stages are those that it trains with, so that its split is the same.
+    """
+    content = check_yaml(path)
+    if not isinstance(content, dict) or "data" not in content:
+        texts = text_source(path)
+    else:
+        trained = _source_of(path)
+        texts, shares = trained.texts, shares or trained.stage_shares
+    return Letters(texts, kind=kind, stage=stage, russian=None, limit=limit, stage_shares=shares)
+
+
+def _source_of(config: str) -> Letters:
+    from launch.fit import TandemCLI
+
+    source = TandemCLI(["--config", config], "inspect").data_only().source
+    if not isinstance(source, Letters):
+        raise UserError(f"{config}: data.source is {type(source).__name__}; Letters is needed here")
+    return source
 
 
 def build(kind: type, content: Any, path: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from launch.errors import check_yaml, describe
-from trainer.provenance import code_version, read_json, sha256_file, write_json
+from trainer.provenance import read_json, sha256_file, write_json
 from trainer.schema import UserError
 
 _NAME = re.compile(r"\{([A-Za-z_][A-Za-z0-9_-]*)\}")
@@ -23,6 +23,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BUILT_IN = ("runs", "folder", "iteration", "previous")
 # Beyond this, size and time of change stand for the content: hashing 13 GB at each start would take a minute.
 _HASHED_BYTES = 64 * 2**20
+_CODE = ("trainer", "callbacks", "launch")
+# What `tandem report` reads of each run in a folder.
+_REPORTED = ("manifest.json", "evaluation.json", "samples.jsonl", "metrics.csv", "events.out.tfevents*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,10 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A stage ready to run: names replaced, repeats unrolled. `root` is the folder of the recipe's runs."""
+    """A stage ready to run: names replaced, repeats unrolled. `root` is the folder of the recipe's runs.
+
+    `values` are those of its arguments; what exists among them when it runs is input too.
+    """
 
     stage: str
     name: str
@@ -81,6 +87,7 @@ class Step:
     words: tuple[str, ...]
     configs: tuple[Path, ...]
     inputs: tuple[str, ...]
+    values: tuple[str, ...]
     outputs: tuple[Path, ...]
 
     @property
@@ -154,7 +161,7 @@ def plan(recipe: Recipe, settings: Mapping[str, str], output: Path | None = None
 
 
 def _from(home: Path, value: Any) -> str:
-    text = "" if value is None else str(value)
+    text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
     return str(_shortened(home / text)) if text.startswith(("./", "../")) else text
 
 
@@ -199,10 +206,17 @@ def _step(recipe: Recipe, stage: Stage, name: str, root: Path, names: Mapping[st
         words += [f"--{key}", *given]
         values += given
     outputs = tuple(Path(filled(output)) for output in stage.outputs)
-    named = [value for value in values if _counts(value, names["folder"], outputs)]
-    inputs = tuple(dict.fromkeys([*map(filled, stage.inputs), *named]))
     return Step(
-        stage.name, name, root, Path(names["folder"]), command, tuple(words), tuple(paths), inputs, outputs
+        stage=stage.name,
+        name=name,
+        root=root,
+        folder=Path(names["folder"]),
+        command=command,
+        words=tuple(words),
+        configs=tuple(paths),
+        inputs=tuple(map(filled, stage.inputs)),
+        values=tuple(values),
+        outputs=outputs,
     )
 
 
@@ -214,16 +228,25 @@ def _words(value: Any, several: bool) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value)]
 
 
-def _counts(value: str, folder: str, outputs: tuple[Path, ...]) -> bool:
+# --- what a result depends on
+
+
+def _inputs(step: Step) -> list[str]:
+    """The stage's inputs, and the arguments that name one; of a report what it reads of each run."""
+    reported: list[str] = []
+    if step.command[0] == "report":
+        reported = [str(path) for sign in _REPORTED for path in sorted(step.root.glob(f"*/{sign}"))]
+    named = [value for value in step.values if _counts(value, step)]
+    return list(dict.fromkeys([*step.inputs, *named, *reported]))
+
+
+def _counts(value: str, step: Step) -> bool:
     """Whether an argument names a file or folder that the result depends on, and not one that it writes."""
     path = Path(value)
     if len(value) > 255 or not path.exists() or ("/" not in value and "." not in value):
         return False
-    own = [Path(folder), *outputs]
+    own = [step.folder, *step.outputs]
     return not any(path == each or path in each.parents for each in own)
-
-
-# --- what a result depends on
 
 
 def missing(step: Step) -> str | None:
@@ -238,16 +261,26 @@ def _is_hub_id(value: str, step: Step) -> bool:
 
 def fingerprint(step: Step) -> dict[str, str]:
     """What the step's result depends on -> hash: its command line, configs, inputs, and the code."""
-    hashes = {"code": code_version(), "settings": hashlib.sha256(step.shown.encode()).hexdigest()}
+    hashes = {"code": code_hash(), "settings": hashlib.sha256(step.shown.encode()).hexdigest()}
     for config in step.configs:
         for path in (config, *_named_in(config)):
             hashes[str(path)] = content_hash(path)
-    for name in step.inputs:
+    for name in _inputs(step):
         path = Path(name)
         hashes[name] = content_hash(path) if path.exists() else name
         if path.suffix in (".yaml", ".yml") and path.is_file():
             hashes |= {str(each): content_hash(each) for each in _named_in(path)}
     return hashes
+
+
+def code_hash() -> str:
+    """SHA-256 over the packages: their Python files and what lies with them, such as a report's templates."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(path for package in _CODE for path in (root / package).rglob("*.*") if path.is_file()):
+        if path.suffix != ".pyc" and not path.name.startswith("."):
+            digest.update(f"{path.relative_to(root)}\0{_file_hash(path)}\0".encode())
+    return digest.hexdigest()
 
 
 def _named_in(config: Path) -> Iterator[Path]:
@@ -311,13 +344,20 @@ def record_recipe(recipe: Recipe, root: Path, commands: Sequence[str]) -> None:
     write_json(root / "recipe.json", content)
 
 
-def record(step: Step, state: str, hashes: Mapping[str, str], seconds: float | None = None) -> None:
-    """Write down how a step stands."""
+def record(
+    step: Step,
+    state: str,
+    hashes: Mapping[str, str],
+    replaces: str | None = None,
+    seconds: float | None = None,
+) -> None:
+    """Write down how a step stands; `replaces`: the hash of the manifest that it found in its folder."""
     content = {
         "stage": step.name,
         "status": state,
         "command": step.shown,
         "seconds": seconds,
+        "replaces": replaces,
         "hashes": dict(hashes),
     }
     write_json(step.record, content)

@@ -6,13 +6,13 @@ A run that was interrupted goes on from its last checkpoint when it is started a
 """
 
 import copy
+import itertools
 import json
 import os
 import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -26,8 +26,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.data import corpus
+from trainer.data.homoglyphs import INSTRUCTION
+from trainer.data.sources import content_key
+from trainer.evaluation.letters import evaluate_letters
+from trainer.pairs.substitution import STAGE_SHARES, stage_of
 
-PROMPT = "Repeat: {text}\n"
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 Example = tuple[str, str]  # input text and output text
 Texts = dict[str, list[str]]  # by the name of a set of texts
@@ -127,6 +130,11 @@ def build_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
 # --- Batches --------------------------------------------------------------------------------------
 
 
+def reserved(text: str) -> bool:
+    """Whether the letters recipe would evaluate on this text: then the base must not have seen it either."""
+    return stage_of(content_key(text), STAGE_SHARES) == "evaluation"
+
+
 def draw_pool(schedule: Schedule, seed: int, index: int, step: int) -> list[list[Example]]:
     """POOL examples, cut into shuffled batches of at most `tokens_per_step` tokens."""
     rng = random.Random(f"base-{seed}-{index}")
@@ -135,11 +143,12 @@ def draw_pool(schedule: Schedule, seed: int, index: int, step: int) -> list[list
     longest = schedule.long_length if long_share else corpus.MAX_LENGTH
     longest = schedule.short_length if step < schedule.short_steps else longest
     settings = (schedule.mixed_share, free_share, longest, long_share)
-    drawn = [corpus.training_example(rng, *settings) for _ in range(POOL)]
-    examples = sorted(drawn, key=lambda example: len(example[0]))
+    drawn = (corpus.training_example(rng, *settings) for _ in itertools.count())
+    kept = itertools.islice((example for example in drawn if not reserved(example[0])), POOL)
+    examples = sorted(kept, key=lambda example: len(example[0]))
     batches: list[list[Example]] = [[]]
     for example in examples:
-        tokens = 2 * len(example[0]) + len(PROMPT)
+        tokens = 2 * len(example[0]) + len(INSTRUCTION)
         if (len(batches[-1]) + 1) * tokens > schedule.tokens_per_step and batches[-1]:
             batches.append([])
         batches[-1].append(example)
@@ -162,11 +171,11 @@ def encode_batch(
     examples: list[Example], tokenizer: PreTrainedTokenizerFast, prompt_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `[batch, length]`, right padded, and each token's loss weight, same shape."""
-    rows = tokenizer([PROMPT.format(text=source) + output for source, output in examples]).input_ids
+    rows = tokenizer([INSTRUCTION.format(text=source) + output for source, output in examples]).input_ids
     rows = [[*row, tokenizer.eos_token_id] for row in rows]
     ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
     weights = torch.zeros(ids.shape)
-    fixed = 1 + len(PROMPT.partition("{")[0])  # <s> and the words before the text
+    fixed = 1 + len(INSTRUCTION.partition("{")[0])  # <s> and the words before the text
     for i, (row, (_, output)) in enumerate(zip(rows, examples, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         completion = len(row) - len(output) - 1
@@ -290,47 +299,16 @@ def held_out(seed: int, count: int) -> Texts:
     return sets
 
 
-@torch.inference_mode()
-def echo(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[str]:
-    """The model's greedy answers to `Repeat: text`, in order."""
-    model.eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    answers = [""] * len(texts)
-    for start in range(0, len(order), 64):
-        part = order[start : start + 64]
-        inputs = tokenizer([PROMPT.format(text=texts[i]) for i in part], return_tensors="pt", padding=True)
-        longest = max(len(texts[i]) for i in part)
-        mask = inputs.attention_mask
-        ids = model.generate(input_ids=inputs.input_ids, attention_mask=mask, max_new_tokens=longest + 8)
-        decoded = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        for i, answer in zip(part, decoded, strict=True):
-            answers[i] = answer
-    return answers
-
-
-def letter_figures(texts: list[str], answers: list[str]) -> dict[str, float]:
-    """Per cent of exact echoes, of c, o, y that came out as their twin, and of other characters kept.
-
-    Texts and answers are aligned after folding twins together.
-    """
-    fold = str.maketrans({twin: char for char, twin in corpus.HOMOGLYPHS.items() if char in corpus.LATIN})
-    exact = twins = substituted = others = kept = 0
-    for text, answer in zip(texts, answers, strict=True):
-        exact += text == answer
-        twins += sum(char in corpus.HOMOGLYPHS for char in text)
-        others += sum(char not in corpus.HOMOGLYPHS for char in text)
-        matcher = SequenceMatcher(None, text.translate(fold), answer.translate(fold), autojunk=False)
-        for a, b, size in matcher.get_matching_blocks():
-            for char, out in zip(text[a : a + size], answer[b : b + size], strict=True):
-                substituted += char in corpus.HOMOGLYPHS and out != char
-                kept += char not in corpus.HOMOGLYPHS
-    parts = {"exact": (exact, len(texts)), "substituted": (substituted, twins), "kept": (kept, others)}
-    return {name: round(100 * part / max(1, whole), 2) for name, (part, whole) in parts.items()}
-
-
 def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sets: Texts) -> Figures:
-    """`letter_figures` of the model's greedy answers on each set of texts."""
-    return {name: letter_figures(texts, echo(model, tokenizer, texts)) for name, texts in sets.items()}
+    """Per cent of exact echoes, of swappable letters that came out as their twin, and of others kept."""
+    figures: Figures = {}
+    for name, texts in sets.items():
+        found = evaluate_letters(model, tokenizer, texts, max_new_tokens=max(map(len, texts)) + 8)
+        exact = sum(row["source"] == row["output"] for row in found["examples"])
+        shares = {"exact": exact / len(texts), "substituted": found["substitution_rate"]}
+        shares["kept"] = found["keep_rate"]
+        figures[name] = {key: round(100 * (share or 0.0), 2) for key, share in shares.items()}
+    return figures
 
 
 def model_card(figures: Figures, parameters: int, schedule: Schedule) -> str:

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(bos: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token for each byte; `bos` says whether plain calls write BOS (as Llama's do, as GPT-2's and Qwen's do not)."""
+    """One token for each byte; `bos` says whether plain calls write BOS (as Llama's do, GPT-2's and Qwen's do not)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

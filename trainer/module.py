@@ -62,7 +62,9 @@ class AlignmentModule(L.LightningModule):
         # A checkpoint holds what is trained and nothing else; the frozen weights are read from their own folder.
         self.strict_loading = False
         self.policy: nn.Module | None = None
-        self.tokenizer = load_tokenizer(policy.base, policy.revision, policy.offline)
+        self.tokenizer = load_tokenizer(
+            policy.base, policy.revision, policy.offline, policy.trust_remote_code
+        )
         self.step_metrics: dict[str, float] = {}
         self.skipped_steps = 0
         self._resumed_rng: dict[str, Any] | None = None
@@ -72,6 +74,32 @@ class AlignmentModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is None:
             self.policy = load_policy(self.policy_config)
+
+    @override
+    def on_fit_start(self) -> None:
+        self._check_precision()
+        self._check_positions()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._check_positions()
+
+    def _check_precision(self) -> None:
+        kinds = {p.dtype for p in self.parameters() if p.requires_grad}
+        if self.policy_config.adapter is not None and kinds != {torch.float32}:
+            raise UserError(
+                f"trainer.precision: {self.trainer.precision} would train the adapter in {kinds.pop()} and round its"
+                " updates away; set policy.dtype: bfloat16 for the base and trainer.precision: 32-true"
+            )
+
+    def _check_positions(self) -> None:
+        positions = getattr(self.policy.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+        longest = getattr(getattr(self.trainer, "datamodule", None), "longest", 0)
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"data.max_length: the longest example has {longest} tokens and {self.policy_config.base} has"
+                f" {positions} positions; set max_length: {positions} and overlong: truncate or drop"
+            )
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -155,9 +183,18 @@ class AlignmentModule(L.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_base(checkpoint.get("tandem", {}).get("base"))
         # Set at the first batch, not now: what Lightning does in between may draw from the generators.
         states = checkpoint.get("rng", [])
         self._resumed_rng = states[self.global_rank] if len(states) == self.trainer.world_size else None
+
+    def _check_base(self, saved: dict[str, Any] | None) -> None:
+        now = fingerprint(self.policy_config)["base"]
+        if saved and saved["kind"] == now["kind"] and saved["digest"] != now["digest"]:
+            raise UserError(
+                f"policy.base: the checkpoint was trained on '{saved['name']}' ({saved['digest'][:12]}), not on"
+                f" '{now['name']}' ({now['digest'][:12]}); give the model it was trained on"
+            )
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -226,7 +263,8 @@ class PreferenceModule(AlignmentModule):
 
     @override
     def losses(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:
-        assert self.policy is not None and self.reference is not None
+        assert self.policy is not None
+        assert self.reference is not None
         policy = pair_logps(self.policy, batch)
         reference = self.reference.logps(batch)
         each = preference_loss(self.objective, policy, reference)

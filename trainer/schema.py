@@ -1,7 +1,8 @@
 """The records and tensors that every floor speaks of: shapes and words are stated once, here.
 
-Records (before tokenisation): `Demonstration`, `Preference`. Token ids: `TokenizedDemonstration`, `TokenizedPreference`.
-Tensors: `Rows` (what goes through the model), `PreferenceBatch`, `SupervisedBatch`, and `PairLogps` (what comes out).
+Records (before tokenisation): `Demonstration`, `Preference`. Token ids: `TokenizedDemonstration` and
+`TokenizedPreference`. Tensors: `Rows` (what goes through the model), `PreferenceBatch`, `SupervisedBatch`, and
+`PairLogps` (what comes out).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Text = str | Sequence[Message]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the completion to imitate. `origin` says where it stood (file and line), for messages."""
+    """A prompt and the completion to imitate. `origin` says where it stood (file and row), for messages."""
 
     prompt: Text
     completion: Text
@@ -64,7 +65,8 @@ class TokenizedDemonstration:
     id: str
 
     @property
-    def tokens(self) -> int:
+    def longest(self) -> int:
+        """Tokens of its row."""
         return len(self.prompt) + len(self.completion)
 
 
@@ -78,8 +80,9 @@ class TokenizedPreference:
     id: str
 
     @property
-    def tokens(self) -> int:
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+    def longest(self) -> int:
+        """Tokens of the longer of its two rows."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ usage: tandem data show --texts FILE [FILE ...]
 
 Shows what there is to learn from: counts (kept, dropped and why), lengths, languages, splits, and examples.
 
-  --texts FILE    texts: .txt (one a line), .jsonl, .csv, .parquet, or the .yaml of a text source
+  --texts FILE    texts: .txt (one a line), .jsonl, .csv, .parquet, or the .yaml of a text source or a config
   --column NAME   column of the texts, in files that have columns (default text)
   --limit N       the first so many texts
   --config FILE   a config as for `tandem fit`: shows its source's records
@@ -54,10 +54,9 @@ def _look(name: str, column: str, limit: int | None) -> str:
     from trainer.data.show import render_summary, summarize, summarize_records
 
     if Path(name).suffix in (".yaml", ".yml"):
-        from launch.sources import text_source
-        from trainer.pairs.substitution import Letters
+        from launch.sources import letters_of
 
-        source = Letters(text_source(name), kind="preference", stage="dpo", limit=limit)
+        source = letters_of(name, "preference", "dpo", limit=limit)
         return render_summary(summarize(source, splits=("train", "validation", "test")))
     from trainer.data.homoglyphs import INSTRUCTION
 

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -30,11 +30,17 @@ def parser() -> ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="Texts: .txt (one a line), .jsonl, .json, .csv, .parquet; or the .yaml of a text source, of"
-        " which the evaluation split is taken.",
+        help="Texts: .txt (one a line), .jsonl, .json, .csv, .parquet; or the .yaml of a text source or of a"
+        " config of `fit` (a run's config.yaml), of which the evaluation split is taken.",
     )
     made.add_argument(
         "--column", type=str, default="text", help="Column of the texts, in files that have columns."
+    )
+    made.add_argument(
+        "--stage_shares",
+        type=dict[str, float] | None,
+        metavar="JSON",
+        help="Split of a .yaml's texts, as the stages were trained with. Default: the config's own, or ours.",
     )
     made.add_argument("--output", type=str, required=True, metavar="FILE", help="JSON file for the result.")
     made.add_argument("--limit", type=int | None, help="Take the first so many texts of each file.")
@@ -42,6 +48,12 @@ def parser() -> ArgumentParser:
     made.add_argument("--capitals", action="store_true", help="Count capitals as exchangeable too.")
     made.add_argument(
         "--instruction", type=str | None, help="Prompt, with {text}. Default: the adapter's, or ours."
+    )
+    made.add_argument(
+        "--overlong",
+        type=Literal["refuse", "drop"],
+        default="refuse",
+        help="What to do with texts for which the model has no positions; `drop` counts them.",
     )
     made.add_argument(
         "--full", action="store_true", help="Also the published sentences, whole lines, and capitals."
@@ -77,7 +89,9 @@ def letters(given: Namespace) -> int:
         raise UserError(
             f"--output {given.output}: is a folder; give a file such as {given.output}/evaluation.json"
         )
-    texts, files = read_all(given.texts, given.column, given.limit)
+    if given.stage_shares and not all(map(_is_yaml, given.texts)):
+        raise UserError("--stage_shares: parts the texts of .yaml files only; leave it out")
+    texts, files = read_all(given.texts, given.column, given.limit, given.stage_shares)
     ready = answering(given)
     settings: dict[str, Any] = {
         "instruction": given.instruction or ready.prompt_template or INSTRUCTION,
@@ -85,6 +99,7 @@ def letters(given: Namespace) -> int:
         "cut": given.cut,
         "batch_size": given.batch_size,
         "max_new_tokens": given.max_new_tokens,
+        "overlong": given.overlong,
         "progress": True,
     }
     if given.full:
@@ -111,7 +126,13 @@ def lines(result: dict[str, Any]) -> list[str]:
     return [*told, f"sentences: {result['sentences']}"]
 
 
-def read_all(names: Sequence[str], column: str, limit: int | None) -> tuple[list[str], dict[str, str]]:
+def _is_yaml(name: str) -> bool:
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+def read_all(
+    names: Sequence[str], column: str, limit: int | None, shares: dict[str, float] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The texts of all files, `limit` of each, and file -> SHA-256 (or what stands for it)."""
     from trainer.data.sources import read_rows
     from trainer.evaluation.letters import read_texts
@@ -121,8 +142,8 @@ def read_all(names: Sequence[str], column: str, limit: int | None) -> tuple[list
     hashes: dict[str, str] = {}
     for name in names:
         suffix = Path(name).suffix.lower()
-        if suffix in (".yaml", ".yml"):
-            found, more = held_out(name)
+        if _is_yaml(name):
+            found, more = held_out(name, shares)
             texts += found[:limit]
             hashes |= more
         elif suffix in (".txt", ""):
@@ -138,10 +159,10 @@ def read_all(names: Sequence[str], column: str, limit: int | None) -> tuple[list
     return texts, hashes
 
 
-def held_out(name: str) -> tuple[list[str], dict[str, str]]:
-    """The evaluation texts of a text source: those that no stage ever trains on, in both languages."""
-    from launch.sources import letters_of, text_source
+def held_out(name: str, shares: dict[str, float] | None = None) -> tuple[list[str], dict[str, str]]:
+    """The evaluation texts of a YAML's texts: those that no stage with these shares ever trains on."""
+    from launch.sources import letters_of
 
-    source = letters_of(text_source(name), "evaluation")
+    source = letters_of(name, "demonstration", "evaluation", shares)
     texts, _ = source.select("test")
     return [text.text for text in texts], source.load("test").hashes

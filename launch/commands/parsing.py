@@ -28,7 +28,7 @@ def command_parser(command: str, description: str) -> ArgumentParser:
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """The settings that say which model answers: `launch.models.load` takes them."""
+    """The settings that say which model answers: `launch.models.answering` takes them."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--adapter",

@@ -1,4 +1,4 @@
-"""EarlyStopping on a real Trainer: patience, minimum change, resume, and the best weights back."""
+"""EarlyStopping: patience, resume, the best weights back (PreferenceModule); the rest by dictated metrics."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ import json
 import math
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from typing_extensions import override
 
 from callbacks.early_stopping import EarlyStopping
 from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
+from tests.callbacks.real import run
 from tests.callbacks.tiny import TinyModule, fit, trainer
 from trainer.schema import UserError
 
 
-def test_stops_after_patience_validations_and_not_in_the_sanity_check(tmp_path: Path) -> None:
-    callback = EarlyStopping(patience=2)
-    runner = trainer(tmp_path, callback, val_check_interval=2)
+def test_stops_after_patience_validations(tmp_path: Path, tiny_llama: Path) -> None:
+    callback = EarlyStopping(patience=2, mode="max")
+    done = run(tmp_path, tiny_llama, callback, lr=0.2, val_check_interval=1)
+    losses = list(done.seen.validations.values())
+    # The second validation is the highest, the two after it are not.
+    assert losses.index(max(losses)) == 1
+    assert done.trainer.global_step == len(losses) == 4
+    assert float(callback.best_score) == losses[1]
+    assert callback.summary()["stopped"]
+    assert "did not improve" in callback.summary()["reason"]
+
+
+def test_the_sanity_check_is_no_look(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, EarlyStopping(patience=2), val_check_interval=2)
     # The sanity check reports the first value, so counting it would stop one validation too early.
     fit(runner, TinyModule(validation=[1.0, 0.5, 0.75, 0.625, 0.25]), [1.0] * 10, validate=True)
     assert runner.global_step == 8
-    assert float(callback.best_score) == 0.5
-    assert callback.summary()["stopped"]
-    assert "did not improve" in callback.summary()["reason"]
 
 
 def test_minimum_change(tmp_path: Path) -> None:
@@ -61,41 +72,58 @@ def test_a_metric_that_is_not_finite_stops(tmp_path: Path) -> None:
     assert runner.global_step == 6
 
 
+class AtTheEnd(L.Callback):
+    """The weights that a callback finds at the end of training."""
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights = {n: p.clone() for n, p in pl_module.policy.named_parameters() if p.requires_grad}  # type: ignore[operator,union-attr]
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("interval", [1, 2])
-def test_restores_the_best_weights_and_leaves_last_as_it_ended(tmp_path: Path, interval: int) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_restores_the_best_weights_after_everything_else(
+    tmp_path: Path, tiny_llama: Path, interval: int, first: bool
+) -> None:
     """With two steps between validations the run's end, step 5, was not saved by any of them."""
-    checkpoint = ImprovedLossCheckpoint(monitor="val/loss")
-    stopping = EarlyStopping(patience=9, restore_best=True)
-    runner = trainer(tmp_path, stopping, checkpoint, val_check_interval=interval, max_steps=5)
-    module = TinyModule(validation=[0.75, 0.5, 0.75, 0.75, 0.75] if interval == 1 else [0.5, 0.75, 0.75])
-    fit(runner, module, [1.0] * 9, validate=True)
-    assert checkpoint.best_name == "step-00000002"
-    saved = {
-        name: torch.load(tmp_path / "checkpoints" / name / "checkpoint.pt", weights_only=True)["state_dict"]
-        for name in ("best", "last")
-    }
-    assert torch.equal(module.policy.weight, saved["best"]["policy.weight"])
-    assert not torch.equal(saved["best"]["policy.weight"], saved["last"]["policy.weight"])
-    undisturbed = fit(trainer(tmp_path / "whole", max_steps=5), TinyModule(), [1.0] * 9)
-    assert torch.equal(saved["last"]["policy.weight"], undisturbed.policy.weight)
+    end, stopping = AtTheEnd(), EarlyStopping(patience=9, mode="max", restore_best=True)
+    checkpoint = ImprovedLossCheckpoint(monitor="val/loss", mode="max")
+    callbacks = [checkpoint, stopping, end] if first else [checkpoint, end, stopping]
+    settings = {"lr": 0.2, "max_steps": 5, "val_check_interval": interval}
+    done = run(tmp_path, tiny_llama, *callbacks, **settings)
+    assert done.pointed("best") == "step-00000002"
+    assert done.pointed("last") == "step-00000005"
+    last = run(tmp_path / "plain", tiny_llama, **settings).weights
+    assert equal(end.weights, last)
+    assert equal(done.saved("last"), last)
+    assert equal(done.weights, done.saved("best"))
+    assert not equal(done.weights, last)
 
 
-def test_resume_goes_on_counting(tmp_path: Path) -> None:
-    values = [1.0, 0.5, 0.75, 0.75, 0.75, 0.75]
+def test_without_restore_best_the_last_weights_stay(tmp_path: Path, tiny_llama: Path) -> None:
+    callbacks = EarlyStopping(patience=1, mode="max"), ImprovedLossCheckpoint(monitor="val/loss", mode="max")
+    done = run(tmp_path, tiny_llama, *callbacks, lr=0.2, val_check_interval=1)
+    assert (done.pointed("best"), done.pointed("last")) == ("step-00000002", "step-00000003")
+    assert equal(done.weights, done.saved("last"))
 
-    def run(resume: str | None) -> tuple[int, dict]:
-        callback = EarlyStopping(patience=3)
-        saver = ImprovedLossCheckpoint(monitor="val/loss", keep=-1)
-        runner = trainer(tmp_path, callback, saver, val_check_interval=1)
+
+def test_resume_goes_on_counting(tmp_path: Path, tiny_llama: Path) -> None:
+    def state(resume: str | None) -> tuple[int, dict]:
+        stopping = EarlyStopping(patience=3, mode="max")
+        saver = ImprovedLossCheckpoint(monitor="val/loss", mode="max", keep=-1)
         path = tmp_path / "checkpoints" / resume if resume else None
-        fit(runner, TinyModule(validation=values), [1.0] * 9, validate=True, resume=path)
-        return runner.global_step, callback.state_dict()
+        done = run(tmp_path, tiny_llama, stopping, saver, lr=0.2, val_check_interval=1, resume=path)
+        return done.trainer.global_step, stopping.state_dict()
 
-    whole = run(None)
+    whole = state(None)
     assert whole[0] == 5
     assert json.loads(json.dumps(whole[1])) == whole[1]
     for name in ("step-00000001", "step-00000003", "step-00000004"):
-        assert run(name) == whole
+        assert state(name) == whole
 
 
 def test_a_stopped_run_stays_stopped_unless_patience_grows(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from pathlib import Path
 
 import lightning as L
@@ -17,6 +18,7 @@ from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
 from callbacks.sample_generation import SampleGeneration
 from callbacks.throughput import Throughput
 from tests.callbacks.language import LanguageModule
+from tests.callbacks.real import run
 from tests.callbacks.tiny import TinyModule, batches, fit, trainer
 from trainer.generation import Sampling
 from trainer.schema import UserError
@@ -47,8 +49,6 @@ def test_throughput_leaves_validation_time_and_fillers_out(tmp_path: Path) -> No
     class Slow(TinyModule):
         @override
         def validation_step(self, *args) -> None:  # type: ignore[no-untyped-def]
-            import time
-
             time.sleep(0.5)
 
     fit(trainer(tmp_path, callback, num_sanity_val_steps=0), Slow([1.0]), [1.0] * 2, validate=True)
@@ -57,6 +57,46 @@ def test_throughput_leaves_validation_time_and_fillers_out(tmp_path: Path) -> No
     filler.share.example_weight = 0.0
     callback._count(filler)
     assert callback._tokens == callback._examples == 0
+
+
+def test_throughput_of_validation(tmp_path: Path) -> None:
+    callback, logger = Throughput(), CSVLogger(tmp_path, name="", version="")
+
+    class Slow(TinyModule):
+        @override
+        def validation_step(self, *args) -> None:  # type: ignore[no-untyped-def]
+            time.sleep(0.2)
+
+    runner = trainer(tmp_path, callback, logger=logger, val_check_interval=2)
+    fit(runner, Slow([1.0, 1.0]), [1.0] * 4, validate=True)
+    rates = column(tmp_path, "val/tokens_per_second")
+    # Ten tokens in at least 0.2 s; the sanity check is not logged.
+    assert [step for step, _ in rates] == [2, 4]
+    assert all(20 < rate <= 50 for _, rate in rates)
+    (filler,) = batches([1.0])
+    filler.share.example_weight = 0.0
+    callback.on_validation_start(runner, runner.lightning_module)
+    callback.on_validation_batch_end(runner, runner.lightning_module, None, filler, 0)
+    assert callback._validation_tokens == 0
+
+
+def test_throughput_of_real_batches(tmp_path: Path, tiny_llama: Path) -> None:
+    """Every forward's tokens are those that the batch says were computed: prompts and both completions."""
+    seen: dict[str, int] = {"train": 0, "val": 0}
+
+    class Count(L.Callback):
+        @override
+        def on_train_batch_end(self, *args) -> None:  # type: ignore[no-untyped-def]
+            seen["train"] += args[3].rows.tokens
+
+        @override
+        def on_validation_batch_end(self, *args) -> None:  # type: ignore[no-untyped-def]
+            seen["val"] += args[3].rows.tokens
+
+    throughput = Throughput()
+    run(tmp_path, tiny_llama, Count(), throughput, max_epochs=1, val_check_interval=4)
+    assert throughput.tokens_total == seen["train"] > 0
+    assert throughput._validation_tokens == seen["val"] > 0
 
 
 def test_throughput_totals_go_on_after_a_resume(tmp_path: Path) -> None:

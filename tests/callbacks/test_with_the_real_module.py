@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 from pathlib import Path
@@ -21,116 +20,89 @@ from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
 from callbacks.run_manifest import RunManifest
 from callbacks.sample_generation import SampleGeneration
 from callbacks.throughput import Throughput
-from trainer.checkpoint import PortableCheckpointIO
-from trainer.data.datamodule import PreferenceData
-from trainer.data.homoglyphs import INSTRUCTION, substitute
-from trainer.data.sources import Loaded
-from trainer.generation import Sampling
-from trainer.module import PreferenceModule
-from trainer.optimization import OptimizerConfig
-from trainer.policy.load import PolicyConfig
-from trainer.schema import Preference, Split, UserError
-
-TEXTS = ["so cold", "you go", "с горы", "cosy", "око", "soon", "рука", "cry", "cook", "сок", "yes", "no cow"]
+from tests.callbacks.real import Run, run
+from trainer.data.homoglyphs import INSTRUCTION
+from trainer.data.tokenize import tokenize_prompt
+from trainer.generation import Sampling, generate
+from trainer.schema import UserError
 
 
-@dataclasses.dataclass
-class Pairs:
-    """Eight pairs to train on (four steps of two), four to validate on."""
-
-    prompt_template: str | None = INSTRUCTION
-
-    def load(self, split: Split) -> Loaded:
-        texts = TEXTS[:8] if split == "train" else TEXTS[8:]
-        made = [Preference(INSTRUCTION.format(text=text), substitute(text), text, id=text) for text in texts]
-        return Loaded(made, {"kept": len(made)}, {})
-
-
-class Losses(L.Callback):
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args) -> None:  # type: ignore[no-untyped-def]
-        self.steps.append(dict(pl_module.step_metrics))  # type: ignore[arg-type]
-
-
-def run(root: Path, base: Path, *extra: L.Callback, samples: bool = True, resume: Path | None = None):  # type: ignore[no-untyped-def]
-    torch.manual_seed(1)
-    losses = Losses()
+def whole_run(
+    root: Path, base: Path, *extra: L.Callback, samples: bool = True, resume: Path | None = None
+) -> Run:
     callbacks = [
         RunManifest(),
-        losses,
         Throughput(every_n_steps=2),
-        *([SampleGeneration(["so cold"], 2, Sampling(max_new_tokens=4, do_sample=True))] if samples else []),
         Alarms(every_n_steps=2),
-        EarlyStopping(patience=9, restore_best=True),
-        ImprovedLossCheckpoint(monitor="val/loss", keep=-1, save_steps=1),
+        # Before SampleGeneration, as a configuration's callbacks stand; its last samples must not change.
+        EarlyStopping(mode="max", patience=9, restore_best=True),
+        *([SampleGeneration(["so cold"], 2, Sampling(max_new_tokens=4, do_sample=True))] if samples else []),
+        ImprovedLossCheckpoint(monitor="val/loss", mode="max", keep=-1, save_steps=1),
         *extra,
     ]
-    runner = L.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        devices=1,
-        callbacks=callbacks,
-        plugins=[PortableCheckpointIO()],
-        logger=TensorBoardLogger(root, name="", version=""),
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=2,
-        val_check_interval=2,
-    )
-    module = PreferenceModule(PolicyConfig(base=str(base)), optimizer=OptimizerConfig(lr=0.05))
-    data = PreferenceData(Pairs(), batch_size=2)
-    runner.fit(module, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
-    return module, runner, losses.steps
+    logger = TensorBoardLogger(root, name="", version="")
+    return run(root, base, *callbacks, lr=0.2, resume=resume, logger=logger, val_check_interval=2)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path):  # type: ignore[no-untyped-def]
-    root = tmp_path_factory.mktemp("whole")
-    return root, *run(root, tiny_llama)
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
+    return whole_run(tmp_path_factory.mktemp("whole"), tiny_llama)
 
 
-def test_manifest_samples_and_best_weights(whole, tiny_llama: Path) -> None:  # type: ignore[no-untyped-def]
-    root, module, runner, steps = whole
-    assert runner.global_step == 8
-    assert len(steps) == 8
-    found = json.loads((root / "manifest.json").read_text())
+def samples_of(root: Path) -> list[dict]:
+    return [json.loads(line) for line in (root / "samples.jsonl").read_text().splitlines()]
+
+
+def test_manifest_and_samples(whole: Run) -> None:
+    assert whole.trainer.global_step == len(whole.seen.steps) == 8
+    found = json.loads((whole.root / "manifest.json").read_text())
     assert found["status"] == "finished"
     assert found["data"]["prompt_template"] == INSTRUCTION
     assert found["reference"]["before"] == found["reference"]["after"] is not None
     assert found["callbacks"]["Throughput"]["pairs"] == 16
     assert found["model"]["parameters"]["trained"] > 0
-    lines = [json.loads(line) for line in (root / "samples.jsonl").read_text().splitlines()]
+    lines = samples_of(whole.root)
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
     assert lines[0]["policy"] == lines[0]["reference"] == lines[-1]["reference"]
-    # restore_best: the module holds what lies in checkpoints/best, and plain PEFT loads that.
-    best = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_llama), root / "checkpoints" / "best"
-    )
+
+
+def test_the_module_ends_with_the_best_weights(whole: Run, tiny_llama: Path) -> None:
+    """The module holds what lies in checkpoints/best, and plain PEFT loads that."""
+    assert (whole.pointed("best"), whole.pointed("last")) == ("step-00000002", "step-00000008")
+    best = peft_model(whole, tiny_llama, "best")
     wanted = {name: p for name, p in best.named_parameters() if "ia3" in name}
-    held = {name: p for name, p in module.policy.named_parameters() if name in wanted}
+    held = {name: p for name, p in whole.module.policy.named_parameters() if name in wanted}
     assert wanted
     assert all(torch.equal(wanted[name], held[name]) for name in wanted)
 
 
-def test_samples_do_not_change_training(whole, tmp_path: Path, tiny_llama: Path) -> None:  # type: ignore[no-untyped-def]
-    assert run(tmp_path, tiny_llama, samples=False)[2] == whole[3]
+def test_the_last_samples_are_of_the_last_steps_weights(whole: Run, tiny_llama: Path) -> None:
+    tokenizer, sampling = whole.module.tokenizer, Sampling(max_new_tokens=4, do_sample=True)
+    prompt = tokenize_prompt(INSTRUCTION.format(text="so cold"), tokenizer)
+    answers = {
+        name: generate(peft_model(whole, tiny_llama, name), tokenizer, [prompt], sampling, keys=["so cold"])
+        for name in ("best", "last")
+    }
+    # Otherwise this shows nothing.
+    assert answers["best"][0].text != answers["last"][0].text
+    assert samples_of(whole.root)[-1]["policy"] == answers["last"][0].text
+
+
+def peft_model(done: Run, base: Path, name: str) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, done.root / "checkpoints" / name)
+
+
+def test_samples_do_not_change_training(whole: Run, tmp_path: Path, tiny_llama: Path) -> None:
+    assert whole_run(tmp_path, tiny_llama, samples=False).seen.steps == whole.seen.steps
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 5])
-def test_resume_equals_the_undisturbed_run(whole, tmp_path: Path, tiny_llama: Path, step: int) -> None:  # type: ignore[no-untyped-def]
-    root, _, first, steps = whole
-    _, second, rest = run(tmp_path, tiny_llama, resume=root / "checkpoints" / f"step-{step:08d}")
-    assert rest == steps[step:]
-    for name in (EarlyStopping, ImprovedLossCheckpoint, SampleGeneration, Alarms):
-        states = [
-            next(callback for callback in runner.callbacks if isinstance(callback, name)).state_dict()
-            for runner in (first, second)
-        ]
-        assert states[0] == states[1]
+def test_resume_equals_the_undisturbed_run(whole: Run, tmp_path: Path, tiny_llama: Path, step: int) -> None:
+    again = whole_run(tmp_path, tiny_llama, resume=whole.root / "checkpoints" / f"step-{step:08d}")
+    assert again.seen.steps == whole.seen.steps[step:]
+    for kind in (EarlyStopping, ImprovedLossCheckpoint, SampleGeneration, Alarms):
+        assert again.callback(kind).state_dict() == whole.callback(kind).state_dict()
 
 
 def test_a_disk_that_refuses(tmp_path: Path, tiny_llama: Path) -> None:
@@ -150,7 +122,7 @@ def test_a_disk_that_refuses(tmp_path: Path, tiny_llama: Path) -> None:
 
     try:
         with pytest.raises(UserError, match=r"step-00000003: could not be saved: .*File too large") as error:
-            run(tmp_path, tiny_llama, Full(), samples=False)
+            whole_run(tmp_path, tiny_llama, Full(), samples=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "step-00000002" in str(error.value)
@@ -158,8 +130,8 @@ def test_a_disk_that_refuses(tmp_path: Path, tiny_llama: Path) -> None:
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-00000001", "step-00000002", "best", "last"}
     assert (tmp_path / "checkpoints" / "last").resolve().name == "step-00000002"
-    _, runner, _ = run(tmp_path, tiny_llama, samples=False, resume=tmp_path / "checkpoints" / "last")
-    assert runner.global_step == 8
+    again = whole_run(tmp_path, tiny_llama, samples=False, resume=tmp_path / "checkpoints" / "last")
+    assert again.trainer.global_step == 8
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["from_step"] == 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from trainer.checkpoint import PortableCheckpointIO, newest_valid, point, resolve, verify
-from trainer.policy.folders import PARTIAL
+from trainer.policy.folders import ASIDE, PARTIAL
 from trainer.schema import UserError
 
 ABOUT = {"adapter_config": {"peft_type": "IA3"}, "base": {"name": "b", "kind": "folder", "digest": "d"}}
@@ -123,7 +123,7 @@ def save_and_be_killed(folder: Path, name: str, step: int, moment: int) -> bool:
 def test_a_kill_at_any_moment_leaves_what_was_there_and_no_half_folder(tmp_path, name):
     """A saving process is killed at each of its file operations in turn: under a new name, and a used one."""
     first = save(tmp_path, 1)
-    outcomes, moment, killed = [], 0, True
+    outcomes, moment, killed, hidden = [], 0, True, False
     while killed:
         moment += 1
         killed = save_and_be_killed(tmp_path, name, 2, moment)
@@ -132,17 +132,44 @@ def test_a_kill_at_any_moment_leaves_what_was_there_and_no_half_folder(tmp_path,
         found = newest_valid(tmp_path)
         assert found is not None, moment
         outcomes.append(step_of(found))
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], (
-            "half folders are cleared away"
-        )
-        if name == first.name:
-            PortableCheckpointIO().save_checkpoint(state(1), first)
-        else:
+        hidden |= found.name.startswith(".")
+        if name != first.name:
             assert step_of(first) == 1
             shutil.rmtree(tmp_path / name, ignore_errors=True)
+        PortableCheckpointIO().save_checkpoint(state(1), first)
+        assert list(tmp_path.iterdir()) == [first], "the next save clears half folders away"
     assert len(outcomes) > 20
     assert outcomes == sorted(outcomes), "once the new one is there, it stays"
     assert set(outcomes) == {1, 2}
+    assert hidden == (name == first.name), "between the renames the old one is found where it stepped aside"
+
+
+def test_readers_change_nothing(tmp_path):
+    """A reader cannot tell a slow saver from a killed one, so it leaves their folders alone."""
+    save(tmp_path, 1)
+    live = tmp_path / f".step-00000009.elsewhere.1{PARTIAL}"
+    aside = tmp_path / f".step-00000001.elsewhere.1{ASIDE}"
+    for folder in (live, aside):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    assert newest_valid(tmp_path) == resolve(tmp_path) == tmp_path / "step-00000001"
+    assert live.is_dir()
+    assert aside.is_dir()
+
+
+def test_a_slow_save_elsewhere_is_left_alone_while_its_file_grows(tmp_path):
+    """A folder's own time stands still while a file inside is written."""
+    live = tmp_path / f".step-00000009.elsewhere.1{PARTIAL}"
+    (live / "resume").mkdir(parents=True)
+    growing = live / "resume" / "tensors.safetensors"
+    growing.write_bytes(b"half")
+    for path in (live, growing.parent):
+        os.utime(path, (0, 0))
+    save(tmp_path, 1)
+    assert growing.is_file()
+    os.utime(growing, (0, 0))
+    save(tmp_path, 2)
+    assert not live.exists()
 
 
 def test_a_kill_at_a_random_time_too(tmp_path):

@@ -48,9 +48,19 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, ROWS)
     table = read_rows(str(path), columns=["a", "b"])
     assert [row for _, row in table] == ROWS
-    assert [origin for origin, _ in table] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert [origin for origin, _ in table] == [f"{path}, row {n}" for n in (1, 2, 3)]
     assert len(table) == 3
     assert table.hashes == {str(path): sha256_file(path)}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+def test_origins_count_rows_not_lines(tmp_path: Path, name: str) -> None:
+    """A header, blank lines and line ends in a cell make the two differ: an origin says `row`."""
+    path = write(tmp_path / name, ROWS)
+    if name == "x.jsonl":
+        path.write_text("\n\n" + path.read_text(encoding="utf-8").replace("\n", "\n\n"), encoding="utf-8")
+    origins = [origin for origin, _ in read_rows(str(path))]
+    assert origins == [f"{path}, row {n}" for n in (1, 2, 3)]
 
 
 def test_text_lines_end_at_newlines_only(tmp_path: Path) -> None:

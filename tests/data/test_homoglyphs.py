@@ -16,7 +16,6 @@ from trainer.data.homoglyphs import (
     fold,
     is_swappable,
     mark,
-    mark_html,
     substitute,
 )
 
@@ -75,7 +74,3 @@ def test_marks_stand_round_runs_of_exchanged_letters_only() -> None:
     assert mark(source, output, "[", "]") == "The [\u0441\u043e]at from the coast!"
     assert mark(source, source) == source
     assert mark("", "") == mark("abc", "") == ""
-
-
-def test_html_is_escaped() -> None:
-    assert mark_html("<b>c & o", "<b>\u0441 & o") == "&lt;b&gt;<b>\u0441</b> &amp; o"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.data.helps import help_of
 from trainer.data.preferences import DemonstrationFile, PreferenceFile
-from trainer.data.show import render_summary, summarize
+from trainer.data.show import render_summary, summarize_source
 from trainer.schema import UserError
 
 HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_rlhf" / "harmless-base.jsonl.gz"
@@ -48,7 +49,7 @@ def test_plain_pairs(tmp_path: Path) -> None:
         ("p1", "c1", "r1"),
         ("", "c2", "r2"),
     ]
-    assert loaded.records[1].origin == f"{tmp_path / 'x.jsonl'}:2"
+    assert loaded.records[1].origin == f"{tmp_path / 'x.jsonl'}, row 2"
     assert loaded.counts["kept"] == loaded.counts["rows"] == 2
     assert len({r.id for r in loaded.records}) == 2
 
@@ -67,6 +68,13 @@ def test_plain_pairs(tmp_path: Path) -> None:
 def test_every_way_of_writing_a_chat_pair_means_the_same(tmp_path: Path, given: dict[str, Any]) -> None:
     (record,) = load(tmp_path, given).records
     assert (record.prompt, record.chosen, record.rejected) == ([USER], [ANSWER], [OTHER])
+
+
+@pytest.mark.parametrize("prompt", ["q", " q\n", "s", "s\nq", "", None])
+def test_a_prompt_in_words_may_say_what_the_shared_turns_say(tmp_path: Path, prompt: str | None) -> None:
+    shared = [turn("system", "s"), USER]
+    (record,) = load(tmp_path, row(prompt, [*shared, ANSWER], [*shared, OTHER])).records
+    assert (record.prompt, record.chosen, record.rejected) == (shared, [ANSWER], [OTHER])
 
 
 def test_a_chat_prompt_with_plain_answers(tmp_path: Path) -> None:
@@ -144,19 +152,39 @@ def test_validation_from_its_own_file_and_limits(tmp_path: Path) -> None:
     assert list(validation.hashes) == [other]
 
 
+def test_no_prompt_of_a_named_validation_file_is_trained_on(tmp_path: Path) -> None:
+    """Whatever the order, the answers and the limit of the validation records."""
+    path = write(tmp_path / "x.jsonl", row("p0"), row("p1", "c1"), row("p2"), row("p2", "c2"), row("p3"))
+    other = write(tmp_path / "y.jsonl", row("p1"), row("v"), row("p2"), row("p3", "same", "same"))
+    source = PreferenceFile(path, validation_path=other, limit=2)
+    train = source.load("train")
+    assert [r.prompt for r in train.records] == ["p0", "p3"], "p3's pair says nothing, so nothing validates"
+    assert train.counts["dropped_in_validation"] == 3
+    assert len(source.load("validation").records) == 2
+    assert "dropped_in_validation" not in source.load("validation").counts
+
+
+def test_no_prompt_of_a_named_validation_file_is_demonstrated(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", *({"messages": [turn("user", word), ANSWER]} for word in "abc"))
+    other = write(tmp_path / "y.jsonl", {"messages": [turn("user", "b"), OTHER]})
+    train = DemonstrationFile(path, validation_path=other).load("train")
+    assert [r.prompt[0]["content"] for r in train.records] == ["a", "c"]
+    assert train.counts["dropped_in_validation"] == 1
+
+
 REFUSED = {
-    "empty": ([row("p", "")], {}, r"x\.jsonl:1: column 'chosen' is empty"),
-    "blank": ([row(), row("p", "c", " \n")], {}, r"x\.jsonl:2: column 'rejected' is empty"),
+    "empty": ([row("p", "")], {}, r"x\.jsonl, row 1: column 'chosen' is empty"),
+    "blank": ([row(), row("p", "c", " \n")], {}, r"x\.jsonl, row 2: column 'rejected' is empty"),
     "empty turn": (
         [row(None, [USER, turn("assistant", "")], [USER, OTHER])],
         {},
         r"ends with an empty answer",
     ),
-    "null": ([row(), row("p", None)], {}, r"x\.jsonl:2: column 'chosen' is missing or null"),
+    "null": ([row(), row("p", None)], {}, r"x\.jsonl, row 2: column 'chosen' is missing or null"),
     "absent": (
         [row(), {"prompt": "p", "chosen": "c"}],
         {},
-        r"x\.jsonl:2: column 'rejected' is missing or null",
+        r"x\.jsonl, row 2: column 'rejected' is missing or null",
     ),
     "number": ([row("p", 3)], {}, r"column 'chosen' holds 3; it should be text or a list of messages"),
     "no turns": ([row([], "c")], {}, r"column 'prompt' holds \[\]"),
@@ -180,6 +208,11 @@ REFUSED = {
     "mapped": ([row()], {"columns": {"prompt": "question"}}, "no column 'question'"),
     "mapping": ([row()], {"columns": {"answer": "chosen"}}, r"columns maps \['answer'\]"),
     "no prompt": ([{"chosen": "c", "rejected": "r"}], {}, "no prompt in column 'prompt'; .* set prompt_ends"),
+    "two prompts": (
+        [row("q", [USER, ANSWER], [USER, OTHER]), row("another", [USER, ANSWER], [USER, OTHER])],
+        {},
+        r"x\.jsonl, row 2: column 'prompt' holds 'another', .* share other first turns \('q'\)",
+    ),
     "idle end": ([row()], {"prompt_ends": "A:"}, "prompt_ends is for plain text without"),
     "empty end": ([row()], {"prompt_ends": ""}, "prompt_ends is empty"),
     "limit": ([row()], {"limit": 0}, "limit is 0"),
@@ -233,7 +266,7 @@ def test_demonstrations_plain_and_chat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": "p", "completion": ""}, r"x\.jsonl:1: column 'completion' is empty"),
+        ({"prompt": "p", "completion": ""}, r"x\.jsonl, row 1: column 'completion' is empty"),
         ({"messages": [ANSWER]}, "has one turn"),
         ({"messages": [ANSWER, USER]}, "ends with 'user'"),
         ({"messages": "text"}, "list of messages"),
@@ -262,7 +295,7 @@ def test_real_dialogues() -> None:
 def test_a_look_at_the_data(tmp_path: Path) -> None:
     rows = [row("Repeat: coat\n", "\u0441\u043eat", "coat"), row([USER], [ANSWER], [OTHER])]
     source = PreferenceFile(write(tmp_path / "x.jsonl", *rows), validation_fraction=0)
-    summary = summarize(source, splits=("train", "test"))
+    summary = summarize_source(source, splits=("train", "test"))
     train = summary["splits"]["train"]
     assert train["kind"] == "preference"
     assert train["counts"]["kept"] == 2
@@ -274,4 +307,26 @@ def test_a_look_at_the_data(tmp_path: Path) -> None:
     assert "**\u0441\u043e**at" in text
     assert "Repeat: coat\\n" in text
     with pytest.raises(UserError, match="no test split"):
-        summarize(source, splits=("test",))
+        summarize_source(source, splits=("test",))
+
+
+def test_sources_say_their_settings(tmp_path: Path) -> None:
+    columns = {"prompt": "q"}
+    said = PreferenceFile("x.jsonl", columns=columns, prompt_ends="A:", limit=3).describe()
+    assert json.loads(json.dumps(said)) == said
+    assert said["class"] == "PreferenceFile"
+    assert (said["path"], said["columns"], said["prompt_ends"], said["limit"]) == (
+        "x.jsonl",
+        columns,
+        "A:",
+        3,
+    )
+    assert DemonstrationFile("owner/name", revision="abc").describe()["revision"] == "abc"
+
+
+@pytest.mark.parametrize("kind", [PreferenceFile, DemonstrationFile])
+def test_settings_are_shared_and_each_has_its_help(kind: type) -> None:
+    helps = help_of(kind)
+    assert set(helps) >= {"path", "split", "validation_path", "columns", "empty", "limit", "offline"}
+    assert ("prompt_ends" in helps) == (kind is PreferenceFile)
+    assert all(helps.values()), helps

@@ -91,7 +91,25 @@ def test_seek_continues_where_it_was() -> None:
     assert [m.indices for m in rest] == [m.indices for m in whole]
 
 
-def test_balance_is_near_equal() -> None:
-    tokens = [(37 * i) % 101 + 1 for i in range(64)]
-    loads = [sum(tokens[i] for i in part) for part in balance(range(64), tokens, 4)]
-    assert max(loads) - min(loads) <= max(tokens)
+def test_balance_is_near_equal_and_pads_little() -> None:
+    lengths = [(37 * i) % 101 + 1 for i in range(64)]
+    parts = balance(range(64), lengths, 4)
+    costs = [len(part) * max(lengths[i] for i in part) for part in parts]
+    assert max(costs) - min(costs) <= 2 * max(lengths)
+    assert sum(costs) < 0.75 * 64 * max(lengths)
+    assert sum(costs) < 1.35 * sum(lengths)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 6))
+def test_balance_costs_no_more_than_any_cut_of_equal_counts(lengths, parts) -> None:
+    def cost(part: list[int]) -> int:
+        return len(part) * max((lengths[i] for i in part), default=0)
+
+    balanced = balance(range(len(lengths)), lengths, parts)
+    assert len(balanced) == parts
+    assert sorted(i for part in balanced for i in part) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    size = -(-len(order) // parts)
+    equal = [order[i : i + size] for i in range(0, len(order), size)]
+    assert max(map(cost, balanced)) <= max(map(cost, equal))

@@ -14,12 +14,18 @@ from tests.data.tokenizers_of_kinds import KINDS
 from trainer.data.tokenize import (
     Limits,
     TokenCounts,
-    tokenize_demonstration,
-    tokenize_preference,
+    tokenize_demonstrations,
     tokenize_preferences,
     tokenize_prompt,
 )
-from trainer.schema import Demonstration, Message, Preference, UserError
+from trainer.schema import (
+    Demonstration,
+    Message,
+    Preference,
+    TokenizedDemonstration,
+    TokenizedPreference,
+    UserError,
+)
 
 MADE = {kind: make() for kind, make in KINDS.items()}
 PLAIN = st.text(
@@ -33,7 +39,19 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def pair(prompt: object, chosen: object, rejected: object = "no") -> Preference:
-    return Preference(prompt, chosen, rejected, id="p", origin="file.jsonl:7")  # type: ignore[arg-type]
+    return Preference(prompt, chosen, rejected, id="p", origin="file.jsonl, row 7")  # type: ignore[arg-type]
+
+
+def demonstrated(record: Demonstration, tokenizer: PreTrainedTokenizerFast) -> TokenizedDemonstration:
+    (done,) = tokenize_demonstrations([record], tokenizer)
+    return done
+
+
+def preferred(
+    record: Preference, tokenizer: PreTrainedTokenizerFast, limits: Limits | None = None
+) -> TokenizedPreference | None:
+    """The tokenised pair, or None where it is dropped."""
+    return next(iter(tokenize_preferences([record], tokenizer, limits)), None)
 
 
 def user(content: str) -> Message:
@@ -63,8 +81,7 @@ def test_plain_text_has_bos_once_eos_once_and_comes_back_whole(
 ) -> None:
     tokenizer = MADE[kind]
     prompt, completion = "Say" + prompt, completion + "."
-    done = tokenize_demonstration(Demonstration(prompt, completion, "d"), tokenizer)
-    assert done is not None
+    done = demonstrated(Demonstration(prompt, completion, "d"), tokenizer)
     check_specials(tokenizer, done.prompt, done.completion)
     start = 0 if tokenizer.bos_token_id is None else 1
     said = tokenizer.decode(done.prompt[start:] + done.completion[:-1], clean_up_tokenization_spaces=False)
@@ -76,8 +93,7 @@ def test_the_boundary_never_merges() -> None:
     """GPT-2 merges newline and word when all is encoded at once; apart, the prompt keeps its tokens."""
     tokenizer = MADE["gpt2"]
     merged = tokenizer("Repeat:\nthe", add_special_tokens=False)["input_ids"]
-    done = tokenize_demonstration(Demonstration("Repeat:\n", "the", "d"), tokenizer)
-    assert done is not None
+    done = demonstrated(Demonstration("Repeat:\n", "the", "d"), tokenizer)
     assert done.prompt[1:] + done.completion[:-1] != merged
     assert tokenizer.decode(done.completion[:-1]) == "the"
     assert done.prompt[1:] == tokenizer("Repeat:\n", add_special_tokens=False)["input_ids"]
@@ -87,22 +103,21 @@ def test_no_space_is_put_before_a_completion() -> None:
     """Llama-2's tokenizer puts a space before all it encodes; a completion goes on where the prompt ended."""
     tokenizer = MADE["llama2"]
     alone = tokenizer("the coat", add_special_tokens=False)["input_ids"]
-    done = tokenize_demonstration(Demonstration("Repeat:\n", "the coat", "d"), tokenizer)
-    assert done is not None
+    done = demonstrated(Demonstration("Repeat:\n", "the coat", "d"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁")
     assert not tokenizer.convert_ids_to_tokens(done.completion)[0].startswith("▁")
 
 
 def test_special_tokens_written_in_plain_text_are_letters(tokenizer: PreTrainedTokenizerFast) -> None:
     words = f"a {tokenizer.eos_token} b {tokenizer.bos_token or ''} {tokenizer.eos_token}"
-    done = tokenize_preference(pair(words, words, words + "!"), tokenizer)
+    done = preferred(pair(words, words, words + "!"), tokenizer)
     assert done is not None
     check_specials(tokenizer, done.prompt, done.chosen)
     check_specials(tokenizer, done.prompt, done.rejected)
 
 
 def test_one_turn_of_chat_has_bos_once_and_eos_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    done = tokenize_preference(pair([user("the coat?")], [assistant("the coat.")], "no"), tokenizer)
+    done = preferred(pair([user("the coat?")], [assistant("the coat.")], "no"), tokenizer)
     assert done is not None
     for completion in (done.chosen, done.rejected):
         check_specials(tokenizer, done.prompt, completion)
@@ -116,8 +131,7 @@ def test_one_turn_of_chat_has_bos_once_and_eos_once(tokenizer: PreTrainedTokeniz
 
 def test_many_turns_of_chat_close_once_and_open_once(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = [user("one"), assistant("two"), user("three")]
-    done = tokenize_demonstration(Demonstration(prompt, [assistant("four")], "d"), tokenizer)
-    assert done is not None
+    done = demonstrated(Demonstration(prompt, [assistant("four")], "d"), tokenizer)
     assert done.completion.count(tokenizer.eos_token_id) == 1
     assert done.completion[-1] == tokenizer.eos_token_id
     if tokenizer.bos_token_id is not None:
@@ -133,8 +147,7 @@ def test_many_turns_of_chat_close_once_and_open_once(tokenizer: PreTrainedTokeni
 
 def test_the_template_of_the_shared_tiny_models(tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    done = tokenize_demonstration(Demonstration([user("hi")], "yo", "d"), tokenizer)
-    assert done is not None
+    done = demonstrated(Demonstration([user("hi")], "yo", "d"), tokenizer)
     assert tokenizer.decode(done.prompt) == "<s>[user]hi[assistant]"
     assert tokenizer.decode(done.completion) == "yo</s>"
 
@@ -142,39 +155,41 @@ def test_the_template_of_the_shared_tiny_models(tiny_llama: Path) -> None:
 def test_chat_needs_a_template_that_parts_prompt_and_answer() -> None:
     tokenizer = KINDS["gpt2"]()
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"file\.jsonl:7: holds chat messages, but .* no chat template"):
-        tokenize_preference(pair([user("a")], "b"), tokenizer)
+    with pytest.raises(UserError, match=r"file\.jsonl, row 7: holds chat messages, but .* no chat template"):
+        preferred(pair([user("a")], "b"), tokenizer)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match=r"file\.jsonl:7: .* renders the prompt otherwise"):
-        tokenize_preference(pair([user("a")], "b"), tokenizer)
+    with pytest.raises(UserError, match=r"file\.jsonl, row 7: .* renders the prompt otherwise"):
+        preferred(pair([user("a")], "b"), tokenizer)
     with pytest.raises(
-        UserError, match=r"file\.jsonl:7: the chat template refuses .*only user and assistant"
+        UserError, match=r"file\.jsonl, row 7: the chat template refuses .*only user and assistant"
     ):
-        tokenize_preference(pair([{"role": "system", "content": "a"}], "b"), MADE["llama2"])
-    with pytest.raises(UserError, match=r"file\.jsonl:7: .*plain text and a completion is a chat"):
-        tokenize_preference(pair("a", [assistant("b")]), MADE["llama2"])
-    with pytest.raises(UserError, match=r"file\.jsonl:7: has no message"):
-        tokenize_preference(pair([], "b"), MADE["llama2"])
+        preferred(pair([{"role": "system", "content": "a"}], "b"), MADE["llama2"])
+    with pytest.raises(UserError, match=r"file\.jsonl, row 7: .*plain text and a completion is a chat"):
+        preferred(pair("a", [assistant("b")]), MADE["llama2"])
+    with pytest.raises(UserError, match=r"file\.jsonl, row 7: has no message"):
+        preferred(pair([], "b"), MADE["llama2"])
 
 
 def test_an_end_token_inside_a_chat_answer_is_refused() -> None:
     for words, kind in (("a <|im_end|> b", "qwen"), ("a </s> b", "llama2"), ("a <s> b", "llama2")):
-        with pytest.raises(UserError, match=r"file\.jsonl:7: the completion holds the (end|start) token"):
-            tokenize_preference(pair([user("a")], words), MADE[kind])
+        with pytest.raises(
+            UserError, match=r"file\.jsonl, row 7: the completion holds the (end|start) token"
+        ):
+            preferred(pair([user("a")], words), MADE[kind])
 
 
 @pytest.mark.parametrize("empty", ["", " \n", [], [{"role": "assistant", "content": ""}]])
 def test_an_empty_completion_is_refused(tokenizer: PreTrainedTokenizerFast, empty: object) -> None:
-    with pytest.raises(UserError, match=r"file\.jsonl:7: rejected is empty"):
-        tokenize_preference(pair([user("a")], "b", empty), tokenizer)
+    with pytest.raises(UserError, match=r"file\.jsonl, row 7: rejected is empty"):
+        preferred(pair([user("a")], "b", empty), tokenizer)
 
 
 def test_something_stands_before_the_first_completion_token(tokenizer: PreTrainedTokenizerFast) -> None:
     if tokenizer.bos_token_id is None:
-        with pytest.raises(UserError, match=r"file\.jsonl:7: the prompt is empty"):
-            tokenize_preference(pair("", "b"), tokenizer)
+        with pytest.raises(UserError, match=r"file\.jsonl, row 7: the prompt is empty"):
+            preferred(pair("", "b"), tokenizer)
     else:
-        done = tokenize_preference(pair("", "b"), tokenizer)
+        done = preferred(pair("", "b"), tokenizer)
         assert done is not None
         assert done.prompt == [tokenizer.bos_token_id]
 
@@ -183,7 +198,7 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = KINDS["gpt2"]()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end token"):
-        tokenize_preference(pair("a", "b"), tokenizer)
+        preferred(pair("a", "b"), tokenizer)
 
 
 # --- lengths ------------------------------------------------------------------------------------------------
@@ -201,11 +216,11 @@ def bytewise(tiny_llama: Path) -> PreTrainedTokenizerFast:
 
 def test_a_prompt_over_the_limit_is_refused_with_both_lengths(bytewise: PreTrainedTokenizerFast) -> None:
     record = pair("abcdef", "ghij", "kl")  # 1 + 6 and 4 + 1 tokens
-    assert tokenize_preference(record, bytewise, Limits(12)) is not None
+    assert preferred(record, bytewise, Limits(12)) is not None
     with pytest.raises(UserError) as caught:
-        tokenize_preference(record, bytewise, Limits(11))
+        preferred(record, bytewise, Limits(11))
     assert str(caught.value) == (
-        "file.jsonl:7: prompt (7 tokens) and completion (5) make 12 tokens, over max_length 11; "
+        "file.jsonl, row 7: prompt (7 tokens) and completion (5) make 12 tokens, over max_length 11; "
         "raise max_length, or set overlong to truncate or drop"
     )
 
@@ -251,8 +266,8 @@ def test_completions_cut_to_the_same_tokens_are_dropped(bytewise: PreTrainedToke
 def test_truncation_keeps_to_the_limit(kind: str, texts: tuple[str, str, str], limit: int) -> None:
     tokenizer = MADE[kind]
     prompt, chosen, rejected = (text + end for text, end in zip(texts, "?!.", strict=True))
-    whole = tokenize_preference(pair(prompt, chosen, rejected), tokenizer)
-    cut = tokenize_preference(pair(prompt, chosen, rejected), tokenizer, Limits(limit, "truncate"))
+    whole = preferred(pair(prompt, chosen, rejected), tokenizer)
+    cut = preferred(pair(prompt, chosen, rejected), tokenizer, Limits(limit, "truncate"))
     assert whole is not None
     if cut is None:
         assert chosen != rejected
@@ -294,6 +309,6 @@ def test_many_pairs_take_a_batch_not_a_lifetime() -> None:
     done = tokenize_preferences(records, tokenizer)
     assert time.perf_counter() - start < 10, "100,000 pairs would take over six minutes"
     for n in (0, 1, 999, 1000, 2499):
-        assert done[n] == tokenize_preference(records[n], tokenizer)
+        assert done[n] == preferred(records[n], tokenizer)
     ids = [i for example in done for i in example.prompt + example.chosen]
     assert len({id(i) for i in ids}) == len(set(ids))

@@ -116,8 +116,12 @@ def test_a_model_is_scored_on_what_it_answered(llama):
 def test_texts_without_room_are_refused_by_number_or_counted(llama):
     model, tokenizer = llama
     texts = ["short", "long " * 80]
-    with pytest.raises(UserError, match=r"text 2: 399 tokens.*512"):
+    with pytest.raises(UserError, match=r"text 2: 399 tokens.*512.*--overlong drop"):
         evaluate_letters(model, tokenizer, texts, max_new_tokens=2)
+    with pytest.raises(UserError, match=r"text 2: .*--overlong drop"):
+        evaluate_in_full(model, tokenizer, texts, max_new_tokens=2)
+    full = evaluate_in_full(model, tokenizer, texts, max_new_tokens=2, overlong="drop")
+    assert (full["dropped_overlong"], full["sentences"]) == (1, 1)
     result = evaluate_letters(model, tokenizer, texts, max_new_tokens=2, overlong="drop")
     assert result["dropped_overlong"] == 1
     assert result["sentences"] == 1

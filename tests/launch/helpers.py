@@ -44,7 +44,7 @@ def fit_config(folder: Path, base: Path, *, kind: str = "preference", steps: int
         },
         "checkpoint": {"save_steps": 1},
     }
-    texts = {"class_path": "trainer.data.sources.GeneratedTexts", "init_args": {"count": 60, "seed": 3}}
+    texts = {"class_path": "trainer.data.sources.GeneratedTexts", "init_args": {"count": 200, "seed": 3}}
     (folder / "texts.yaml").write_text(yaml.safe_dump(texts))
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 import time
@@ -33,6 +34,32 @@ def test_each_command_has_help(command, capsys):
         main([*command, "--help"])
     assert end.value.code == 0
     assert f"usage: tandem {' '.join(command)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["PreferenceModule", "SupervisedModule"])
+def test_help_explains_each_setting_of_a_model(module, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", f"trainer.module.{module}"])
+    check_explained(capsys.readouterr().out, "--model.policy.base", "--model.optimizer.lr")
+
+
+def test_help_explains_each_setting_of_an_adapter(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "trainer.module.SupervisedModule", "--model.policy.adapter.help"])
+    check_explained(
+        capsys.readouterr().out, "--model.policy.adapter.preset", "--model.policy.adapter.targets"
+    )
+
+
+def check_explained(shown: str, *names: str) -> None:
+    """Every setting has words of its own before its type; those named are among them."""
+    entries = re.split(r"\n  (?=--)", shown)[1:]
+    explained = {}
+    for entry in entries:
+        name, words = re.match(r"(--\S+)(?: \{[^}]*\}| \[?[A-Z_]+\]?)?\s*(.*)", entry, re.DOTALL).groups()
+        explained[name] = words[:1] not in ("", "(")
+    assert set(names) <= set(explained)
+    assert [name for name, well in explained.items() if not well] == []
 
 
 def test_commands_without_a_jsonargparse_help(capsys):
@@ -165,4 +192,4 @@ def test_print_config_is_yaml_that_fit_reads(tmp_path, tiny_llama, capsys):
     assert end.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["trainer"]["max_steps"] == 7
-    assert printed["data"]["init_args"]["source"]["init_args"]["texts"]["init_args"]["count"] == 60
+    assert printed["data"]["init_args"]["source"]["init_args"]["texts"]["init_args"]["count"] == 200

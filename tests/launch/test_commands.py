@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.cli import main
 from launch.commands.generate import parser as generate_parser
 from launch.models import answering
+from launch.sources import text_source
 from tests.launch.helpers import fit_config, tandem
 
 
@@ -102,7 +104,6 @@ def test_evaluate_letters_writes_rates_intervals_and_examples(trained, tmp_path,
 
 def test_evaluation_texts_of_a_source_are_never_trained_on(trained, tmp_path):
     from launch.commands.evaluate import held_out
-    from launch.sources import text_source
     from trainer.pairs.substitution import Letters
 
     texts = trained[1].parent / "texts.yaml"
@@ -113,6 +114,76 @@ def test_evaluation_texts_of_a_source_are_never_trained_on(trained, tmp_path):
             seen, _ = Letters(source, kind=kind, stage=stage, validation_fraction=0.5).select(split)
             assert held
             assert not held & {text.text for text in seen}
+
+
+def test_a_config_s_evaluation_texts_follow_its_own_shares(trained, tmp_path):
+    from launch.commands.evaluate import held_out
+    from trainer.pairs.substitution import Letters
+
+    _, config = trained
+    shares = {"sft": 0.5, "dpo": 0.45, "evaluation": 0.05}
+    mine = tmp_path / "mine.yaml"
+    content = yaml.safe_load(config.read_text())
+    init = content["data"]["init_args"]["source"]["init_args"]
+    init |= {"stage_shares": shares, "texts": str(config.parent / "texts.yaml")}
+    mine.write_text(yaml.safe_dump(content))
+    source = text_source(str(config.parent / "texts.yaml"))
+    trains = {
+        text.text
+        for stage in ("sft", "dpo")
+        for split in ("train", "validation")
+        for text in Letters(
+            source, "demonstration", stage, None, validation_fraction=0.5, stage_shares=shares
+        ).select(split)[0]
+    }
+    held, _ = held_out(str(mine))
+    assert held
+    assert not trains & set(held)
+    assert held == held_out(str(config.parent / "texts.yaml"), shares)[0]
+    assert trains & set(held_out(str(config.parent / "texts.yaml"))[0])
+
+
+def test_sources_of_one_language_are_evaluated_and_shown(tmp_path, capsys):
+    from launch.commands.evaluate import held_out
+
+    lines, texts = tmp_path / "ru.txt", tmp_path / "texts.yaml"
+    lines.write_text("".join(f"сорок сорок {i}\n" for i in range(100)), encoding="utf-8")
+    description = {"class_path": "trainer.data.sources.LineTexts", "init_args": {"ru": str(lines)}}
+    texts.write_text(yaml.safe_dump(description))
+    held, _ = held_out(str(texts))
+    assert held
+    assert set(held) <= set(lines.read_text(encoding="utf-8").splitlines())
+    assert main(["data", "show", "--texts", str(texts)]) == 0
+    assert "kept_en" not in capsys.readouterr().out
+
+
+def test_shares_without_a_yaml_are_refused(tmp_path, capsys):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("coat\n")
+    shares = ["--stage_shares", '{"sft": 0.5, "dpo": 0.2, "evaluation": 0.3}']
+    words = ["evaluate", "letters", "--texts", str(lines), "--output", str(tmp_path / "o.json")]
+    assert main([*words, *shares]) == 2
+    assert "--stage_shares" in capsys.readouterr().err
+
+
+def test_overlong_texts_are_refused_or_dropped_and_counted(trained, tmp_path, capsys):
+    lines, output = tmp_path / "lines.txt", tmp_path / "out.json"
+    lines.write_text("coat\n" + "coat " * 100 + "\n")
+    words = ["evaluate", "letters", "--texts", str(lines), "--output", str(output), *SHORT]
+    words += ["--adapter", str(trained[0])]
+    assert main(words) == 2
+    assert "text 2" in capsys.readouterr().err
+    assert main([*words, "--overlong", "drop"]) == 0
+    result = json.loads(output.read_text())
+    assert (result["sentences"], result["dropped_overlong"]) == (1, 1)
+
+
+def test_a_base_that_answers_is_frozen_and_warns_of_nothing(tiny_llama, caplog):
+    words = ["--base", str(tiny_llama), "--dtype", "bfloat16", "--prompt", "a"]
+    ready = answering(generate_parser().parse_args(words))
+    assert not any(parameter.requires_grad for parameter in ready.model.parameters())
+    assert not ready.model.training
+    assert "train" not in caplog.text
 
 
 def test_a_wrong_base_is_refused_by_name(trained, tmp_path, capsys):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.cli import main
+from launch.commands.evaluate import parser as evaluation
 from launch.errors import check_yaml
 from launch.fit import TandemCLI
 from launch.sources import text_source
@@ -31,9 +39,10 @@ def parsed(*files: str):
     return TandemCLI([word for file in files for word in ("--config", file)], "inspect")
 
 
-@pytest.fixture(autouse=True)
-def _in_the_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(autouse=True, scope="module")
+def _in_the_checkout():
+    with contextlib.chdir(ROOT):
+        yield
 
 
 def test_every_file_is_of_a_known_kind():
@@ -83,6 +92,62 @@ def test_sft_and_dpo_share_texts_and_the_reference_is_the_start():
     assert sft.data.init_args.source.init_args.texts == dpo.data.init_args.source.init_args.texts
     reference = dpo.model.init_args.reference
     assert (reference.kind, reference.adapter) == ("shared", "start")
+
+
+@pytest.mark.parametrize("recipe", ["recipe", "llama2_7b"])
+def test_training_and_evaluation_part_the_texts_alike(recipe):
+    shares = '{"sft": 0.2, "dpo": 0.2, "evaluation": 0.6}'
+    for step in plan(load_recipe(CONFIGS / "letters" / f"{recipe}.yaml"), {"shares": shares}):
+        if step.command[0] == "fit":
+            config = TandemCLI(step.words[1:], "inspect").config
+            given = config.data.init_args.source.init_args.stage_shares
+        elif step.command[0] == "evaluate":
+            given = evaluation().parse_args(list(step.words[2:])).stage_shares
+        else:
+            continue
+        assert given == {"sft": 0.2, "dpo": 0.2, "evaluation": 0.6}
+
+
+def test_the_long_sft_is_evaluated_at_its_last_step():
+    steps = {step.name: step for step in plan(load_recipe(CONFIGS / "letters" / "recipe.yaml"), {})}
+    given = evaluation().parse_args(list(steps["evaluate_sft_long"].words[2:]))
+    assert given.adapter == "runs/letters/sft_long/checkpoints/last"
+    # Listed under the same name, so that its content counts once it is there.
+    assert given.adapter in steps["evaluate_sft_long"].inputs
+
+
+@pytest.fixture(scope="module")
+def llama_stages(tmp_path_factory, models):
+    """Two optimizer steps of each Llama-2-7B config as it stands, on a tiny Llama and generated texts."""
+    folder = tmp_path_factory.mktemp("llama")
+    texts = folder / "texts.yaml"
+    texts.write_text("class_path: trainer.data.sources.GeneratedTexts\ninit_args: {count: 200}\n")
+    runs = {name: folder / name for name in ("sft", "dpo")}
+    for name, run in runs.items():
+        words = ["fit", "--config", f"configs/letters/llama2_7b_{name}.yaml", "--threads", "1"]
+        words += ["--config", "configs/hardware/cpu.yaml", "--run", str(run), "--trainer.max_steps", "2"]
+        words += ["--model.policy.base", str(models("llama")), "--data.source.texts", str(texts)]
+        words += ["--checkpoint.save_steps", "1", "--data.max_length", "512"]
+        words += ["--samples.sampling.max_new_tokens", "4", "--trainer.enable_progress_bar", "false"]
+        words += ["--model.policy.start", str(runs["sft"])] if name == "dpo" else []
+        assert main(words) == 0
+    return runs
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_llama_s_configs_really_train(stage, llama_stages):
+    run = llama_stages[stage]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["status"], manifest["step"]) == ("finished", 2)
+    assert manifest["model"]["policy"]["dtype"] == "bfloat16"
+    assert manifest["data"]["batch_size"] == 16
+    adapter = load_file(run / "checkpoints" / "last" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert any((tensor != 1).any() for tensor in adapter.values())
+    if stage == "dpo":
+        losses = EventAccumulator(str(run)).Reload().Scalars("train/loss")
+        assert losses[0].value == pytest.approx(math.log(2), abs=1e-6)
+        assert manifest["reference"]["before"] == manifest["reference"]["after"] is not None
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

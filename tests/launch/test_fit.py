@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.cli import main
 from launch.fit import differences
-from launch.runs import default_folder
+from launch.runs import Replaced, default_folder, made
 from tests.launch.helpers import ROOT, fit_config
+from trainer.checkpoint import verify
 from trainer.schema import UserError
 
 
@@ -75,6 +76,69 @@ def test_a_finished_folder_is_refused_and_overwritten_only_on_demand(run):
     # What no run wrote is left alone.
     assert (folder / "notes.txt").read_text() == "mine"
     assert steps(folder) == [0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--model.optimizer.lr", "0"],
+        ["--data.max_length", "20"],
+        ["--trainer.precision", "bf16-true"],
+        ["--checkpoint.monitor", "val/loss"],
+        ["--trainer.fast_dev_run", "1"],
+    ],
+)
+def test_a_mistake_does_not_cost_the_run_that_was_to_be_replaced(run, mistake):
+    _, folder, _ = run()
+    before = contents(folder)
+    status, _, told = run("--overwrite", *mistake)
+    assert status == (0 if "fast_dev_run" in mistake[0] else 2), told
+    assert contents(folder) == before
+    assert (folder / "checkpoints" / "best").exists()
+
+
+def test_a_run_cannot_start_from_what_it_replaces(run):
+    _, folder, _ = run()
+    before = contents(folder)
+    for start in (folder, folder / "checkpoints" / "best"):
+        status, _, told = run("--overwrite", "--model.policy.start", str(start))
+        assert status == 2
+        assert f"model.policy.start: {start} is what --overwrite replaces" in told
+    assert contents(folder) == before
+
+
+def test_what_is_replaced_is_aside_until_the_new_run_is_under_way(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last").write_text("old")
+    (tmp_path / "manifest.json").write_text("old")
+    before = contents(tmp_path)
+    replaced = Replaced(tmp_path, made(tmp_path))
+    (tmp_path / "events.out.tfevents.new").write_text("new")
+    replaced.put_aside()
+    (tmp_path / "manifest.json").write_text("new")
+    replaced.put_back()
+    assert contents(tmp_path) == before
+    replaced.put_aside()
+    (tmp_path / "manifest.json").write_text("new")
+    replaced.drop()
+    replaced.put_back()
+    assert contents(tmp_path) == {"manifest.json": b"new"}
+
+
+def test_resume_auto_refuses_a_run_whose_checkpoints_are_all_damaged(run):
+    _, folder, _ = run()
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        (checkpoint / "adapter_model.safetensors").write_bytes(b"x")
+    before = contents(folder)
+    status, _, told = run("--resume", "auto", "--trainer.max_steps", "4")
+    assert status == 2
+    assert "damaged (step-00000001, step-00000002)" in told
+    assert "--overwrite" in told
+    assert contents(folder) == before
 
 
 def test_resume_goes_on_and_keeps_the_config(run):
@@ -140,6 +204,81 @@ def test_named_callbacks_and_more_of_them_stack(tmp_path, tiny_llama):
     assert (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").count("coat") >= 2
 
 
+def test_the_last_samples_are_of_the_last_step_s_weights(run, tmp_path, capsys):
+    # The learning rate is the same at each step, so that the first checkpoint stays the best.
+    more = tmp_path / "more.yaml"
+    stopping = {
+        "class_path": "callbacks.early_stopping.EarlyStopping",
+        "init_args": {"monitor": "train/lr", "patience": 9, "every_n_steps": 1, "restore_best": True},
+    }
+    samples = {"prompts": ["coat"], "sampling": {"max_new_tokens": 12}}
+    settings = {"trainer": {"callbacks+": [stopping]}, "samples": samples}
+    more.write_text(yaml.safe_dump(settings))
+    status, folder, _ = run(
+        *["--config", str(more), "--checkpoint.monitor", "train/lr", "--model.optimizer.lr", "0.5"],
+        *["--trainer.max_steps", "4"],
+    )
+    assert status == 0
+    said = {}
+    for name in ("best", "last"):
+        adapter = ["--adapter", str(folder / "checkpoints" / name)]
+        assert main(["generate", *adapter, "--prompt", "coat", "--max_new_tokens", "12"]) == 0
+        said[name] = capsys.readouterr().out.removesuffix("\n")
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == 4
+    assert last["policy"] == said["last"] != said["best"]
+
+
+def test_named_callbacks_stand_before_extra_ones(tmp_path, tiny_llama):
+    from callbacks.early_stopping import EarlyStopping
+    from callbacks.run_manifest import RunManifest
+    from launch.fit import KeepConfig, TandemCLI
+
+    config = fit_config(tmp_path, tiny_llama)
+    extra = "[{class_path: callbacks.early_stopping.EarlyStopping}]"
+    words = ["--config", str(config), "--run", str(tmp_path / "run"), "--trainer.callbacks", extra]
+    kinds = [type(callback) for callback in TandemCLI(words, "fit").trainer.callbacks]
+    assert kinds[0] is KeepConfig
+    assert kinds.index(RunManifest) < kinds.index(EarlyStopping)
+
+
+def test_loggers_by_config_alone(run, tmp_path):
+    more = tmp_path / "more.yaml"
+    place = {"save_dir": str(tmp_path / "run"), "name": "", "version": ""}
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": place}
+        for name in ("CSVLogger", "TensorBoardLogger")
+    ]
+    more.write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
+    status, folder, _ = run("--config", str(more))
+    assert status == 0
+    assert "train/rewards/margins" in (folder / "metrics.csv").read_text().splitlines()[0]
+    assert len(steps(folder)) == 2
+    status, _, _ = run("--overwrite", "--trainer.logger", "false")
+    assert status == 0
+    assert not list(folder.glob("events*"))
+    assert not (folder / "metrics.csv").exists()
+
+
+def test_a_long_validation_has_a_bar_on_stderr_and_stdout_stays_clean(
+    tmp_path, tiny_llama, capsys, monkeypatch
+):
+    monkeypatch.setattr("launch.progress.VALIDATION_DELAY_SECONDS", 0.0)
+    config = fit_config(tmp_path, tiny_llama, enable_progress_bar=True, limit_val_batches=3)
+    words = ["--config", str(config), "--data.source.validation_fraction", "0.5"]
+    assert main(["validate", *words]) == 0
+    shown = capsys.readouterr()
+    assert "val/loss" in json.loads(shown.out)
+    assert "validation" in shown.err
+    assert "/3 [" in shown.err
+    assert main(["fit", *words, "--run", str(tmp_path / "run"), "--trainer.val_check_interval", "1"]) == 0
+    shown = capsys.readouterr()
+    assert "validation" in shown.err
+    assert "training" in shown.err
+    assert shown.out == ""
+
+
 def test_ctrl_c_ends_with_130_and_can_be_resumed(tmp_path, tiny_llama):
     config = fit_config(tmp_path, tiny_llama, steps=100_000)
     folder = tmp_path / "run"
@@ -154,8 +293,11 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(tmp_path, tiny_llama):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in told
-    assert "tandem: interrupted" in told
-    assert "--resume auto" in told
+    assert [line for line in told.splitlines() if "interrupt" in line or "resume" in line] == [
+        f"tandem: interrupted; `--resume auto` goes on from {folder}"
+    ]
+    verify(folder / "checkpoints" / "last")
+    verify(folder / "checkpoints" / "best")
     assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
     reached = json.loads((folder / "manifest.json").read_text())["step"]
     resumed = [*command[3:], "--resume", "auto", "--trainer.max_steps", str(reached + 3)]

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from launch.cli import main
-from launch.recipe import duration
-from launch.stages import changed, fingerprint, load_recipe, plan
+from launch.recipe import ending, manifest_hash, resumes
+from launch.stages import changed, code_hash, fingerprint, load_recipe, plan, record, recorded
 from tests.launch.helpers import ROOT, fit_config
+from trainer.checkpoint import verify
 from trainer.schema import UserError
 
 
@@ -217,6 +218,8 @@ def test_an_interrupted_fit_goes_on_where_it_was(tmp_path, tiny_llama, capfd):
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "Traceback" not in told
+    assert told.count("tandem: interrupted") == 1
+    verify(out / "one" / "checkpoints" / "last")
     record = json.loads((out / "stages" / "one.json").read_text())
     assert record["status"] == "interrupted"
     # A stage that stands as interrupted, with nothing changed since, is resumed.
@@ -248,8 +251,68 @@ def test_two_runs_at_once_in_one_folder_are_refused(runner, tmp_path):
     assert "another `tandem run`" in err
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(4.4, "4 s"), (125, "2 min 5 s"), (3 * 3600 + 720, "3 h 12 min")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+def test_the_last_lines_name_times_and_report(tmp_path):
+    path = write(tmp_path, [{"name": "one", "command": "report x", "outputs": ["{runs}/report.html"]}])
+    recipe = load_recipe(path)
+    told = ending(recipe, plan(recipe, {}), {"one": 48.0}, ["two"])
+    assert told == [
+        "\nsmall: finished in 48 s (one 48 s); done before: two",
+        "report: runs/small/report.html",
+    ]
+
+
+def step_in(folder: Path):
+    path = write(folder, [{"name": "one", "command": "fit", "config": []}])
+    return plan(load_recipe(path), {}, folder / "out")[0]
+
+
+def test_only_what_the_stopped_attempt_wrote_is_resumed(tmp_path):
+    step, hashes = step_in(tmp_path), {"code": "1"}
+    assert not resumes(step, None, hashes)
+    step.folder.mkdir(parents=True)
+    manifest = step.folder / "manifest.json"
+    manifest.write_text('{"status": "finished"}')
+    record(step, "interrupted", hashes, replaces=manifest_hash(step))
+    # The attempt ended before its first batch: what lies there is the run that it was to replace.
+    assert not resumes(step, recorded(step), hashes)
+    manifest.write_text('{"status": "interrupted"}')
+    assert resumes(step, recorded(step), hashes)
+    assert not resumes(step, recorded(step), {"code": "2"})
+    record(step, "finished", hashes)
+    assert not resumes(step, recorded(step), hashes)
+
+
+def test_an_argument_that_exists_only_later_is_an_input_all_the_same(tmp_path):
+    stage = {"name": "one", "command": "x", "arguments": {"adapter": "{runs}/other/adapter"}}
+    step = plan(load_recipe(write(tmp_path, [stage])), {}, tmp_path / "out")[0]
+    adapter = tmp_path / "out" / "other" / "adapter"
+    adapter.mkdir(parents=True)
+    assert str(adapter) in fingerprint(step)
+
+
+def test_a_report_is_stale_when_a_run_below_it_changed(tmp_path):
+    path = write(tmp_path, [{"name": "end", "command": "report {runs}"}])
+    step = plan(load_recipe(path), {}, tmp_path / "out")[0]
+    run = tmp_path / "out" / "dpo"
+    run.mkdir(parents=True)
+    for name in ("manifest.json", "samples.jsonl", "metrics.csv", "events.out.tfevents.1"):
+        before = fingerprint(step)
+        (run / name).write_text("1")
+        assert name in changed(before, fingerprint(step))
+
+
+def test_the_code_s_hash_covers_templates_and_no_byte_code(tmp_path, monkeypatch):
+    import launch.stages
+
+    monkeypatch.setattr(launch.stages, "__file__", str(tmp_path / "launch" / "stages.py"))
+    seen = {code_hash()}
+    for name in ("trainer/report/report.css", "trainer/report/report.md.j2", "launch/cli.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+        assert code_hash() not in seen
+        seen.add(code_hash())
+    cached = tmp_path / "launch" / "__pycache__" / "cli.cpython-311.pyc"
+    cached.parent.mkdir()
+    cached.write_text("1")
+    assert code_hash() in seen

@@ -20,6 +20,9 @@ class Records:
     def __init__(self, records: list[Any], validation: list[Any] | None = None) -> None:
         self.splits = {"train": records, "validation": validation or [], "test": []}
 
+    def describe(self) -> dict[str, Any]:
+        return {"records": {split: len(records) for split, records in self.splits.items()}}
+
     def load(self, split: Split) -> Loaded:
         return Loaded(records=self.splits[split], counts={"kept": len(self.splits[split])}, hashes={})
 

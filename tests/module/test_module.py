@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -153,16 +154,53 @@ def test_demonstrations_where_pairs_are_needed_are_refused(tiny_llama, tmp_path)
         fit(dpo(tiny_llama), data, tmp_path)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "robust", "hinge"])
-def test_five_steps_equal_trl(tiny_llama, tmp_path, loss) -> None:
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precision_that_rounds_the_adapter_is_refused(tiny_llama, tmp_path, precision) -> None:
+    with pytest.raises(UserError, match="dtype: bfloat16"):
+        fit(dpo(tiny_llama), pairs(4, 4), tmp_path, precision=precision)
+
+
+def test_examples_beyond_the_models_positions_are_refused(tiny_gpt2, tmp_path) -> None:
+    long = [dataclasses.replace(p, prompt="x" * 600) for p in preferences(4)]
+    with pytest.raises(UserError, match="512 positions"):
+        fit(dpo(tiny_gpt2), PreferenceData(Records(long), max_length=None), tmp_path)
+
+
+def test_limited_epochs_end_the_schedule(tiny_llama, tmp_path) -> None:
+    """2 epochs of 3 of 4 steps: linear to 0 over 6 steps, not 8."""
+    module = dpo(tiny_llama, schedule=ScheduleConfig(name="linear"))
+    settings = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2, "limit_train_batches": 6}
+    history = fit(module, pairs(16, 4), tmp_path, **settings)
+    assert [step["lr"] for step in history.steps] == pytest.approx([0.1 * (6 - i) / 6 for i in range(6)])
+    with pytest.raises(UserError, match="limit_train_batches"):
+        fit(dpo(tiny_llama), pairs(16, 4), tmp_path, **{**settings, "limit_train_batches": 5})
+
+
+# TRL 1.16 leaves label_smoothing out of its sigmoid loss, so cDPO has nothing to be compared with.
+TRL_CASES = {
+    "sigmoid": (ObjectiveConfig(beta=0.2), {"loss_type": ["sigmoid"]}),
+    "robust": (
+        ObjectiveConfig("robust", beta=0.2, label_smoothing=0.1),
+        {"loss_type": ["robust"], "label_smoothing": 0.1},
+    ),
+    "ipo": (ObjectiveConfig("ipo", beta=0.2, average=True), {"loss_type": ["ipo"]}),
+    "hinge": (ObjectiveConfig("hinge", beta=0.2), {"loss_type": ["hinge"]}),
+    "sigmoid+nll": (
+        ObjectiveConfig(beta=0.2, nll_weight=0.5),
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRL_CASES)
+def test_five_steps_equal_trl(tiny_llama, tmp_path, case) -> None:
     """The same tiny model, IA³, pairs, order and settings through TRL's DPOTrainer."""
+    objective, settings = TRL_CASES[case]
     trl = pytest.importorskip("trl", reason="TRL is a test extra")
     from datasets import Dataset
     from peft import IA3Config
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    smoothing = 0.1 if loss == "robust" else 0.0
-    objective = ObjectiveConfig(loss=loss, beta=0.2, label_smoothing=smoothing, average=loss == "ipo")
     records = preferences(20)
     data = PreferenceData(Records(records), batch_size=4, seed=3)
     module = dpo(tiny_llama, OptimizerConfig(lr=1e-2, eps=1e-8), objective=objective)
@@ -171,7 +209,7 @@ def test_five_steps_equal_trl(tiny_llama, tmp_path, loss) -> None:
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     args = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"), loss_type=[loss], beta=0.2, label_smoothing=smoothing, max_steps=5,
+        output_dir=str(tmp_path / "trl"), beta=0.2, max_steps=5, **settings,
         per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.0,
         train_sampling_strategy="sequential", logging_steps=1, use_cpu=True, bf16=False, save_strategy="no",
         report_to="none", gradient_checkpointing=False, disable_tqdm=True,

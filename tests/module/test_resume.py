@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from tests.module.records import History, Records, demonstrations, fit, preferences
+from tests.tiny_models import make
 from trainer.checkpoint import PortableCheckpointIO
 from trainer.data.datamodule import PreferenceData, SupervisedData
 from trainer.module import PreferenceModule, SupervisedModule
@@ -70,10 +73,8 @@ def train(base: Path, folder: Path, task: str, optimizer: str, callbacks: list, 
         callbacks=[history, *callbacks],
         plugins=[PortableCheckpointIO()],
     )
-    try:
+    with contextlib.suppress(_Cut):
         trainer.fit(module, data, ckpt_path=None if resume is None else str(resume))
-    except _Cut:
-        pass
     return history, {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
@@ -82,12 +83,12 @@ def train(base: Path, folder: Path, task: str, optimizer: str, callbacks: list, 
     [("dpo", "adamw"), ("dpo", "rmsprop"), ("dpo", "adafactor"), ("sft", "adamw"), ("all", "sgd")],
 )
 def test_resumed_equals_uninterrupted_to_the_bit(tiny_llama, tmp_path, task, optimizer) -> None:
-    """Cut in the middle of an epoch (step 4 of 6), again in the same epoch (5), and at an epoch's end (12)."""
+    """Cut in the middle of an epoch (step 4 of 6), again in it (5), at an epoch's end (12), and after that (15)."""
     whole, weights = train(tiny_llama, tmp_path, task, optimizer, [])
     assert len(whole.losses) == 18
     losses: list[float] = []
     resume = None
-    for cut in (4, 5, 12):
+    for cut in (4, 5, 12, 15):
         part, _ = train(tiny_llama, tmp_path, task, optimizer, [SaveAt(tmp_path, {cut}, stop=True)], resume)
         losses += part.losses
         resume = tmp_path / f"step-{cut:08d}"
@@ -97,15 +98,34 @@ def test_resumed_equals_uninterrupted_to_the_bit(tiny_llama, tmp_path, task, opt
         assert torch.equal(weights[name], resumed[name]), name
 
 
-def test_resume_with_other_data_is_refused(tiny_llama, tmp_path) -> None:
-    train(tiny_llama, tmp_path, "dpo", "adamw", [SaveAt(tmp_path, {4})])
-    module, _ = build(tiny_llama, "dpo", "adamw")
-    data = PreferenceData(Records(preferences(30)), batch_size=4)
+OTHER = {
+    "number of training examples was 22 and is 30": {"records": preferences(30)},
+    "SHA-256 of the training examples": {
+        "records": [dataclasses.replace(p, id="other") for p in preferences(22)]
+    },
+    "batch_size was 4 and is 2": {"batch_size": 2},
+    "seed was 0 and is 1": {"seed": 1},
+    "accumulate_grad_batches was 2 and is 1": {"accumulate": 1},
+    "trained on .*llama.* not on .*other": {"base": "other"},
+}
+
+
+@pytest.mark.parametrize("message", OTHER)
+def test_resume_with_something_else_is_refused(tiny_llama, tmp_path, message) -> None:
+    train(tiny_llama, tmp_path, "dpo", "adamw", [SaveAt(tmp_path, {4}, stop=True)])
+    other = OTHER[message]
+    base = make("llama", tmp_path / "other", seed=5) if "base" in other else tiny_llama
+    module, _ = build(base, "dpo", "adamw")
+    data = PreferenceData(
+        Records(other.get("records", preferences(22))),
+        batch_size=other.get("batch_size", 4),
+        seed=other.get("seed", 0),
+    )
     trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=3, accumulate_grad_batches=2,
-        plugins=[PortableCheckpointIO()], enable_checkpointing=False, default_root_dir=tmp_path,
+        accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=3, plugins=[PortableCheckpointIO()],
+        accumulate_grad_batches=other.get("accumulate", 2), enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.raises(UserError, match="examples was 22 and is 30"):
+    with pytest.raises(UserError, match=message):
         trainer.fit(module, data, ckpt_path=str(tmp_path / "step-00000004"))
 
 

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.helps import help_of
+from trainer.data.corpus import generate_texts
 from trainer.data.homoglyphs import substitute
 from trainer.data.sources import (
     GeneratedTexts,
     HubTexts,
+    Language,
     LineTexts,
     TableTexts,
     TextRow,
@@ -274,17 +277,72 @@ def test_evaluation_texts_are_never_trained_on(generated: TextSource) -> None:
 def test_a_missing_language_is_named(tmp_path: Path) -> None:
     path = tmp_path / "en.txt"
     path.write_text("".join(f"so {n}\n" for n in range(50)))
-    with pytest.raises(UserError, match="no Russian text is left"):
+    with pytest.raises(UserError, match=r"no Russian text is left .*change russian \(null takes"):
         Letters(LineTexts(en=str(path)), "preference", "dpo").load("train")
     assert Letters(LineTexts(en=str(path)), "preference", "dpo", russian=0.0).load("train").records
     with pytest.raises(UserError, match="neither ru nor en"):
         LineTexts()
 
 
+def test_without_a_ratio_all_texts_are_taken_as_they_come(generated: TextSource) -> None:
+    letters = Letters(generated, "demonstration", "sft", russian=None)
+    counts = letters.load("train").counts
+    assert counts["dropped_for_ratio"] == counts["dropped_over_limit"] == 0
+    assert counts["kept"] == counts["texts"] - counts["other_splits"]
+    assert counts["kept_ru"] != counts["kept_en"]
+    assert counts["kept_ru"] + counts["kept_en"] == counts["kept"]
+    whole = letters.load("train").records
+    few = Letters(generated, "demonstration", "sft", russian=None, limit=9).load("train")
+    assert few.records == whole[:9]
+    assert few.counts["dropped_over_limit"] == len(whole) - 9
+
+
+@pytest.mark.parametrize("language", ["ru", "en"])
+def test_without_a_ratio_one_language_is_enough(language: Language) -> None:
+    texts = GeneratedTexts(60, languages=[language])
+    loaded = Letters(texts, "preference", "dpo", russian=None).load("train")
+    assert loaded.counts[f"kept_{language}"] == loaded.counts["kept"] == len(loaded.records) > 10
+    blank = Given([TextRow({language: " "}, "row 1")])
+    with pytest.raises(UserError, match=r"Letters: no text is left for stage 'dpo', split 'train' \(of 0"):
+        Letters(blank, "preference", "dpo", russian=None).load("train")
+
+
+def test_short_generated_texts_are_left_out_and_made_up_for() -> None:
+    for language in ("ru", "en"):
+        made = [row.texts[language] for row in GeneratedTexts(300, 5, [language]).load().rows]
+        assert len(made) == len(set(made)) == 300
+        assert min(map(len, made)) >= 30
+        more = [row.texts[language] for row in GeneratedTexts(600, 5, [language]).load().rows]
+        assert more[:300] == made, "the first texts do not depend on how many are wanted"
+        every = [row.texts[language] for row in GeneratedTexts(300, 5, [language], 0).load().rows]
+        assert every == generate_texts(language, 300, 5)
+        assert [text for text in every if len(text) >= 30] == made[: sum(len(text) >= 30 for text in every)]
+    with pytest.raises(UserError, match="min_characters is 61; it should be from 0 to 60"):
+        GeneratedTexts(1, min_characters=61)
+
+
+def test_letters_say_their_settings_and_those_of_their_texts() -> None:
+    said = Letters(GeneratedTexts(50, seed=2), "preference", "dpo", limit=7).describe()
+    assert json.loads(json.dumps(said)) == said
+    assert (said["class"], said["stage"], said["limit"], said["russian"]) == ("Letters", "dpo", 7, 0.5)
+    assert said["texts"] == {
+        "class": "GeneratedTexts",
+        "count": 50,
+        "seed": 2,
+        "languages": ["ru", "en"],
+        "min_characters": 30,
+    }
+
+
+@pytest.mark.parametrize("kind", [Letters, GeneratedTexts, LineTexts, TableTexts, HubTexts])
+def test_each_setting_has_its_help(kind: type) -> None:
+    assert all(help_of(kind).values()), help_of(kind)
+
+
 def test_columns_of_a_table_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"ru": "раз", "en": 1}\n')
-    with pytest.raises(UserError, match=r"x\.jsonl:1: column 'en' holds 1; it should be text"):
+    with pytest.raises(UserError, match=r"x\.jsonl, row 1: column 'en' holds 1; it should be text"):
         TableTexts(str(path), {"ru": "ru", "en": "en"}).load()
     with pytest.raises(UserError, match="no column 'de'"):
         TableTexts(str(path), {"ru": "ru", "en": "de"}).load()

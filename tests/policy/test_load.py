@@ -6,18 +6,24 @@ import pickle
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests import tiny_models
+from tests.data.helps import help_of
 from tests.policy.batches import logits
+from trainer.policy.base import hub_commit
 from trainer.policy.load import (
     AdapterConfig,
     PolicyConfig,
     base_fingerprint,
+    describe_for_checkpoint,
     fingerprint,
     load_base,
     load_frozen,
@@ -26,6 +32,7 @@ from trainer.policy.load import (
     saved_policy,
     trained_state,
 )
+from trainer.policy.reference import ReferenceConfig
 from trainer.provenance import sha256_file
 from trainer.schema import UserError
 
@@ -146,8 +153,6 @@ def test_wrong_starts_are_refused_by_name(tiny_llama, tiny_gpt2, tmp_path):
 
 
 def test_another_width_is_refused(tiny_llama, tmp_path):
-    from tests import tiny_models
-
     wide = tiny_models.make("llama", tmp_path / "wide", hidden=64)
     adapter = save_plain(tiny_llama, tmp_path / "ia3", IA3Config(task_type="CAUSAL_LM"))
     with pytest.raises(UserError, match=r"has shape \[.*another base model"):
@@ -167,6 +172,54 @@ def test_a_fingerprint_changes_with_any_weight(tiny_llama, tmp_path):
     made_of = fingerprint(PolicyConfig(str(tiny_llama), start=str(adapter)))
     weights = "adapter_model.safetensors"
     assert made_of["start"]["files"] == {weights: sha256_file(adapter / weights)}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A hub's cache with two commits of `someone/model`, of which `main` is the first."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--someone--model"
+    tiny_models.make("llama", model / "snapshots" / COMMITS[0])
+    tiny_models.make("llama", model / "snapshots" / COMMITS[1], seed=1)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMITS[0])
+    hub_commit.cache_clear()
+    return model
+
+
+COMMITS = ("a" * 40, "b" * 40)
+
+
+def test_a_branch_that_moves_gives_no_other_model_than_the_one_recorded(hub):
+    config = PolicyConfig("someone/model")
+    load_tokenizer(config.base)
+    (hub / "refs" / "main").write_text(COMMITS[1])
+    first = load_base(PolicyConfig(str(hub / "snapshots" / COMMITS[0])))
+    assert torch.equal(logits(load_base(config)), logits(first))
+    assert base_fingerprint(config.base)["digest"] == COMMITS[0]
+    hub_commit.cache_clear()  # as a new process would
+    assert base_fingerprint(config.base)["digest"] == COMMITS[1]
+    assert not torch.equal(logits(load_base(config)), logits(first))
+    assert torch.equal(logits(load_base(PolicyConfig("someone/model", revision=COMMITS[0]))), logits(first))
+
+
+def test_a_checkpoint_does_not_ask_the_hub_again(hub):
+    config = PolicyConfig("someone/model")
+    policy = load_policy(config)
+    shutil.rmtree(hub)
+    assert describe_for_checkpoint(policy, config)["base"]["digest"] == COMMITS[0]
+
+
+def test_a_hub_out_of_reach_is_named():
+    for load in (load_tokenizer, base_fingerprint, lambda name: load_base(PolicyConfig(name))):
+        with pytest.raises(UserError, match="'someone/nothing' cannot be reached on the hub"):
+            load("someone/nothing")
+
+
+@pytest.mark.parametrize("kind", [PolicyConfig, AdapterConfig, ReferenceConfig])
+def test_each_setting_has_its_help(kind):
+    assert all(help_of(kind).values()), help_of(kind)
 
 
 def test_all_weights_can_be_trained(tiny_llama):

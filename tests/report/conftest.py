@@ -61,6 +61,9 @@ def manifest(steps: int, seconds: float, preference: bool) -> dict[str, Any]:
         "status": "finished",
         "error": None,
         "started": f"2026-01-02T10:0{int(preference)}:00+00:00",
+        "git": "1" * 40,
+        "code": "9" * 64,
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "hostname": "laptop",
         "cpus": 2,
         "accelerator": "CPUAccelerator",
@@ -71,7 +74,10 @@ def manifest(steps: int, seconds: float, preference: bool) -> dict[str, Any]:
         "model": model,
         "data": {
             "batch_size": 16,
-            "counts": {"train": {"kept": 3200, "duplicates": 14}, "validation": {"kept": 160}},
+            "counts": {
+                "train": {"rows": 4000, "kept": 3200, "kept_ru": 1600, "kept_en": 1600, "dropped_blank": 14},
+                "validation": {"rows": 4000, "kept": 160},
+            },
             "hashes": {"generated": "cd" * 32},
         },
         "reference": {"before": "ef" * 32, "after": "ef" * 32}

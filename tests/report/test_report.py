@@ -9,13 +9,15 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.report.conftest import manifest, write_curves
+from trainer.data.homoglyphs import language, marked
 from trainer.evaluation.letters import published_scores
 from trainer.report.collect import collect, overlay, read_curves, write_report
 from trainer.report.render import render_html, render_markdown
-from trainer.report.view import headline, marked, view
+from trainer.report.runs import describe, duration
+from trainer.report.view import headline, view
 from trainer.schema import UserError
 
-VOID = {"meta", "br", "path", "use", "line"}
+VOID = {"meta", "br", "wbr", "path", "use", "line"}
 
 
 class Page(HTMLParser):
@@ -68,7 +70,8 @@ def test_json_holds_every_stage_in_order(report, recipe_folder):
     assert report["curves"]["dpo"]["train/loss"][0][0] == 1
     assert len(report["curves"]["dpo"]["val/rewards/margins"]) == 8
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert report["machine"]["cpus"] == 2
+    assert {"git", "code", "versions"} == set(report["report"])
+    assert not {"git", "code", "versions", "machine"} & set(report)
 
 
 def test_page_is_whole_self_contained_and_says_the_figures(report):
@@ -235,4 +238,100 @@ def test_the_first_sentences_of_each_language_are_shown_by_turns(report):
     assert len(found["examples"]) + len(found["more_examples"]) == 16
     shown = [sentence.source for sentence in found["examples"][::2]]
     sources = [row["source"] for row in report["stages"]["base"]["examples"]]
-    assert shown == [source for source in sources if any("а" <= c <= "я" for c in source.lower())][:3]
+    assert shown == [source for source in sources if language(source) == "ru"][:3]
+
+
+def test_what_made_the_results_is_told_by_the_runs_and_not_by_this_report(report):
+    (trained, this) = view(report)["provenance"]
+    assert trained["what"] == "Trained: SFT; SFT, same total steps; DPO"
+    assert trained["code"] == f"git {'1' * 40}, files {'9' * 12}"
+    assert trained["versions"] == "python 3.11.7, torch 2.13.0"
+    assert this["what"] == "This report"
+    assert this["code"].endswith(report["report"]["code"][:12])
+    assert view(report)["machine"] == "CPU, 2 CPU cores"
+
+
+def test_stages_that_were_made_differently_are_told_apart(report):
+    dpo = report["runs"]["dpo"] | {"git": "2" * 40, "attempts": [{"git": "1" * 40}], "cpus": 64}
+    evaluated = report["stages"]["dpo"] | {"versions": {"torch": "3.0"}}
+    changed = report | {
+        "runs": report["runs"] | {"dpo": dpo},
+        "stages": report["stages"] | {"dpo": evaluated},
+        "curves": {},
+    }
+    rows = view(changed)["provenance"]
+    assert [row["what"] for row in rows] == [
+        "Trained: SFT; SFT, same total steps",
+        "Trained: DPO",
+        "Evaluated: DPO",
+        "This report",
+    ]
+    assert rows[1]["code"].startswith(f"git {'1' * 40}, then {'2' * 40}")
+    assert rows[2]["versions"] == "torch 3.0"
+    assert view(changed)["machine"] == "CPU, 2 CPU cores; CPU, 64 CPU cores"
+    for text in (Page(render_html(changed)).text, render_markdown(changed)):
+        assert "2" * 40 in text
+
+
+def test_the_published_stand_beside_ours(report):
+    found = view(report)
+    labels = [row.label for row in found["published"]]
+    assert labels[:4] == ["Before training", "Published, before training", "SFT", "Published SFT"]
+    assert labels[-2:] == ["DPO", "Published DPO"]
+    answers = found["published_sentences"][0].answers
+    ours = [answer.label for answer in answers if not answer.published]
+    theirs = [answer.label for answer in answers if answer.published]
+    assert dict(zip(ours, theirs, strict=True)) == {
+        "Before training": "Published, before training",
+        "SFT": "Published SFT",
+        "SFT, same total steps": "",
+        "DPO": "Published DPO",
+    }
+
+
+def test_capitals_are_said_to_be_counted_with_lower_case_and_alone(report):
+    table = next(each for each in view(report)["closer"] if "apitals" in each["title"])
+    assert table["title"] == "Capitals and lower case together"
+    capitals, lower = report["stages"]["dpo"]["capitals"], report["stages"]["dpo"]
+    alone = capitals["eligible"] - lower["eligible"]
+    assert alone > 0
+    assert f"DPO: {capitals['substituted'] - lower['substituted']} of {alone}." in table["note"]
+    assert table["note"] in Page(render_html(report | {"curves": {}})).text
+    assert table["note"] in render_markdown(report)
+
+
+def test_whole_lines_say_what_was_left_out(report):
+    def note(counts: dict) -> str:
+        stages = {
+            name: stage | {"whole_lines": stage["whole_lines"] | {"dropped_overlong": counts.get(name, 0)}}
+            for name, stage in report["stages"].items()
+        }
+        tables = view(report | {"stages": stages})["closer"]
+        return next(each["note"] for each in tables if "Whole" in each["title"])
+
+    assert note({}) == ""
+    assert note(dict.fromkeys(report["stages"], 3)).startswith("3 lines")
+    assert "SFT: 0; SFT, same total steps: 0; DPO: 2." in note({"dpo": 2})
+
+
+def test_a_runs_facts(report):
+    run = report["runs"]["dpo"]
+    start = {"path": "runs/letters/sft/checkpoints/step-00000200"}
+    policy = run["model"]["policy"] | {"fingerprint": {"start": start}}
+    changed = run | {"model": run["model"] | {"policy": policy}, "epoch": 1}
+    facts = dict(describe(changed)["facts"])
+    assert facts["Base"] == "configs/models/tiny_letters"
+    assert facts["Start"] == start["path"]
+    assert facts["Data, train"] == "3,200 (ru 1,600, en 1,600); left out: 14 blank"
+    assert facts["Data, validation"] == "160"
+    assert facts["Objective"] == "sigmoid, beta 0.1, nll weight 1.0"
+    assert facts["Steps"] == "160 in 1 epoch"
+    assert facts["Time"] == "2 min 7 s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0.4, "0 s"), (59.7, "1 min 0 s"), (125, "2 min 5 s"), (11_520, "3 h 12 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -67,9 +67,13 @@ def check_answer(turns: Sequence[Message], origin: str, column: str) -> None:
 
 
 def part_turns(
-    prompt: Text | None, chosen: Sequence[Message], rejected: Sequence[Message]
+    prompt: Text | None, chosen: Sequence[Message], rejected: Sequence[Message], origin: str, column: str
 ) -> tuple[list[Message], list[Message], list[Message]] | None:
-    """Prompt and the two answers, one turn each; None where the dialogues part before the last turn."""
+    """Prompt and the two answers, one turn each; None where the dialogues part before the last turn.
+
+    Raises:
+        UserError: the column `column` says another prompt than the turns that the dialogues share.
+    """
     if prompt is not None and not isinstance(prompt, str):
         given = list(prompt)
         whole = list(chosen[: len(given)]) == list(rejected[: len(given)]) == given
@@ -77,12 +81,23 @@ def part_turns(
     else:
         start = _shared_turns(chosen, rejected)
         given = list(chosen[:start])
-        if not given and prompt is not None:
-            given = [{"role": "user", "content": prompt}]
+        if prompt is not None:
+            _check_prompt(prompt, given, origin, column)
+            given = given or [{"role": "user", "content": prompt}]
     answers = list(chosen[start:]), list(rejected[start:])
     if not given or len(answers[0]) != 1 or len(answers[1]) != 1:
         return None
     return given, *answers
+
+
+def _check_prompt(prompt: str, shared: Sequence[Message], origin: str, column: str) -> None:
+    """A prompt in words beside shared turns is what one of them says, or all together."""
+    said = [turn["content"].strip() for turn in shared]
+    if said and prompt.strip() and prompt.strip() not in (*said, "\n".join(said)):
+        raise UserError(
+            f"{origin}: column {column!r} holds {_short(prompt)}, but chosen and rejected share other first "
+            f"turns ({_short(said[-1])}); they should say the same, or leave the column out"
+        )
 
 
 def _shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:

@@ -9,14 +9,14 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from trainer.data.homoglyphs import SWAP as HOMOGLYPHS
+
 Language = Literal["ru", "en"]
 LANGUAGES: tuple[Language, ...] = ("ru", "en")
 
 MIN_LENGTH = 12
 MAX_LENGTH = 90
 
-# Latin and Cyrillic letters that look alike and that the letters task exchanges.
-HOMOGLYPHS = {"c": "с", "y": "у", "o": "о", "с": "c", "у": "y", "о": "o"}
 
 LATIN = "abcdefghijklmnopqrstuvwxyz"
 CYRILLIC = "абвгдеёжзийклмнопрстуфхцчшщъыьэюя"
@@ -379,7 +379,7 @@ def training_example(
     """Input and output for the base: an echo, but for a few outputs with a substitution rate of their own.
 
     `mixed_share` of the inputs have substituted letters; `free_share` of these have another output.
-    So a clean input is, about once in 100 times, answered with substituted letters: too seldom for greedy
+    So a clean-looking input is, a few times in 100, answered with substituted letters: too seldom for greedy
     decoding to show it, but there for the demo's adapters to amplify. `long_share` are long lines.
     """
     if long_share and rng.random() < long_share:

@@ -22,6 +22,7 @@ from trainer.data.tokenize import (
     tokenize_demonstrations,
     tokenize_preferences,
 )
+from trainer.provenance import sha256_text
 from trainer.schema import (
     Demonstration,
     Preference,
@@ -52,32 +53,41 @@ class Laid(Dataset):
 class ResumableLoader(DataLoader):
     """A DataLoader that knows the optimizer steps that were consumed, not those that were fetched ahead.
 
-    `position` returns (epoch, optimizer steps consumed in it); the state is read at step boundaries only.
+    `content` stands for the examples and their order; `consumed` returns the optimizer steps consumed in this epoch.
+    The state is read at step boundaries only.
     """
 
     def __init__(
-        self, dataset: Laid, sampler: StepSampler, position: Callable[[], tuple[int, int]], **kwargs: Any
+        self,
+        dataset: Laid,
+        sampler: StepSampler,
+        content: str,
+        consumed: Callable[[], int],
+        **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **_loading(sampler), **kwargs)
-        self.steps, self.position = sampler, position
+        self.steps, self.content, self.consumed = sampler, content, consumed
 
-    def state_dict(self) -> dict[str, int]:
-        epoch, step = self.position()
-        return {"epoch": epoch, "step": step, **self._identity()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.steps.epoch, "step": self.consumed(), **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, now in self._identity().items():
             if state[name] != now:
                 raise UserError(
-                    f"data: cannot resume: {name} was {state[name]} and is {now}; resume with the same data"
+                    f"cannot resume: {name} was {state[name]} and is {now}; give the same data and settings,"
+                    " or begin a new run with policy.start"
                 )
         self.steps.seek(state["epoch"], state["step"])
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
+        """What the position means something for."""
         return {
-            "batch_size": self.steps.batch_size,
-            "examples": len(self.steps.tokens),
-            "seed": self.steps.seed,
+            "data.batch_size": self.steps.batch_size,
+            "data.seed": self.steps.seed,
+            "trainer.accumulate_grad_batches": self.steps.accumulate,
+            "the number of training examples": len(self.steps.lengths),
+            "the SHA-256 of the training examples": self.content,
         }
 
 
@@ -95,7 +105,6 @@ class _AlignmentData(L.LightningDataModule):
 
     Args:
         source: where the records come from.
-        tokenizer: folder or hub id; null takes the policy's own.
         batch_size: examples for each optimizer step, over all ranks and micro-batches.
         validation_batch_size: examples for each validation forward, over all ranks; null takes batch_size.
         max_length: longest prompt + completion in tokens; null for no limit.
@@ -114,7 +123,6 @@ class _AlignmentData(L.LightningDataModule):
     def __init__(
         self,
         source: Source,
-        tokenizer: str | None = None,
         batch_size: int = 16,
         validation_batch_size: int | None = None,
         max_length: int | None = 1024,
@@ -129,7 +137,7 @@ class _AlignmentData(L.LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{name}: {value} is below 1")
-        self.source, self.tokenizer_name = source, tokenizer
+        self.source = source
         self.limits = Limits(max_length, overlong)
         self.batch_size, self.validation_batch_size = batch_size, validation_batch_size or batch_size
         self.seed, self.workers = seed, workers
@@ -145,8 +153,30 @@ class _AlignmentData(L.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; known after `setup`."""
-        return -(-len(self.examples["train"]) // self.batch_size)
+        """Optimizer steps in an epoch, as far as the Trainer's limit allows; known after `setup`."""
+        steps = -(-len(self.examples["train"]) // self.batch_size)
+        return steps if self.trainer is None else min(steps, self._step_limit(steps))
+
+    def _step_limit(self, steps: int) -> int:
+        """What `trainer.limit_train_batches`, which counts micro-batches, leaves of an epoch's steps."""
+        assert self.trainer is not None
+        limit, accumulate = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        if getattr(self.trainer, "fast_dev_run", False) or limit in (None, 1.0):
+            return steps
+        batches = int(steps * accumulate * limit) if isinstance(limit, float) else int(limit)
+        if batches % accumulate:
+            raise UserError(
+                f"trainer.limit_train_batches: {limit} cuts an optimizer step of {accumulate} micro-batches;"
+                f" give a multiple of trainer.accumulate_grad_batches"
+            )
+        return batches // accumulate
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its completions; known after `setup`."""
+        return max(
+            (example.longest for examples in self.examples.values() for example in examples), default=0
+        )
 
     @override
     def setup(self, stage: str) -> None:
@@ -172,14 +202,8 @@ class _AlignmentData(L.LightningDataModule):
 
     def _ready_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            if self.tokenizer_name is not None:
-                from transformers import AutoTokenizer
-
-                self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
-            else:
-                assert self.trainer is not None, "attach the datamodule to a Trainer, or name a tokenizer"
-                self.tokenizer = cast(Tokenizer, self.trainer.lightning_module.tokenizer)
-        assert self.tokenizer is not None
+            assert self.trainer is not None, "attach the datamodule to a Trainer, or set its tokenizer"
+            self.tokenizer = cast(Tokenizer, self.trainer.lightning_module.tokenizer)
         return self.tokenizer
 
     def _laid(self, split: Split) -> Laid:
@@ -190,7 +214,7 @@ class _AlignmentData(L.LightningDataModule):
         examples = self.examples[split]
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return StepSampler(
-            tokens=[example.tokens for example in examples],
+            lengths=[example.longest for example in examples],
             scored=[self.scored(example) for example in examples],
             batch_size=batch_size,
             accumulate=accumulate,
@@ -200,19 +224,20 @@ class _AlignmentData(L.LightningDataModule):
             seed=self.seed,
         )
 
-    def _position(self) -> tuple[int, int]:
+    def _consumed(self) -> int:
+        """Optimizer steps consumed in this epoch: what training has taken, whatever was fetched ahead of it."""
         assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        # `ready` counts the micro-batches that training has taken, whatever was fetched ahead of them.
-        return loop.epoch_progress.current.ready - 1, (
-            loop.epoch_loop.batch_progress.current.ready // self.trainer.accumulate_grad_batches
-        )
+        taken = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return taken // self.trainer.accumulate_grad_batches
 
     @override
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         sampler = self._sampler("train", self.batch_size, accumulate, shuffle=True)
-        return ResumableLoader(self._laid("train"), sampler, self._position, num_workers=self.workers)
+        content = sha256_text(*(example.id for example in self.examples["train"]))
+        return ResumableLoader(
+            self._laid("train"), sampler, content, self._consumed, num_workers=self.workers
+        )
 
     @override
     def val_dataloader(self) -> Any:
@@ -224,7 +249,7 @@ class _AlignmentData(L.LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """What the run's manifest says of its data: counts (kept, dropped and why, truncated), hashes, settings."""
         return {
-            "source": repr(self.source),
+            "source": self.source.describe(),
             "prompt_template": self.prompt_template,
             "batch_size": self.batch_size,
             "max_length": self.limits.max_length,

@@ -29,8 +29,9 @@ _BATCH = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of one file or hub split: iterating gives (origin, {column: value}); nothing is copied before
-    that.
+    """Rows of one file or hub split: iterating gives (origin, {column: value}), and copies.
+
+    An origin is `file, row N`. Rows count from 1; a CSV header and a JSONL file's blank lines are none.
 
     `columns` were selected, of those `available`; `hashes` maps the file to its SHA-256, or the hub split to
     its commit.
@@ -50,7 +51,7 @@ class Table:
         for batch in self.dataset.iter(batch_size=_BATCH):
             for values in zip(*(batch[column] for column in self.columns), strict=True):
                 number += 1
-                yield f"{self.name}:{number}", dict(zip(self.columns, values, strict=True))
+                yield f"{self.name}, row {number}", dict(zip(self.columns, values, strict=True))
 
 
 def read_rows(

@@ -6,9 +6,8 @@ the model is asked.
 
 from __future__ import annotations
 
-import html
 import itertools
-from collections.abc import Callable
+from typing import Literal
 
 from rapidfuzz.distance import Levenshtein
 
@@ -63,20 +62,27 @@ def align(source: str, output: str) -> list[tuple[str | None, str | None]]:
     return pairs
 
 
+def marked(source: str, output: str) -> list[tuple[str, Literal["swapped", "changed", ""]]]:
+    """`output` in runs: letters exchanged for their twin (`swapped`), others not the source's (`changed`)."""
+    pairs = [pair for pair in align(source, output) if pair[1] is not None]
+    runs = itertools.groupby(pairs, key=lambda pair: _kind(*pair))
+    return [("".join(after or "" for _, after in run), kind) for kind, run in runs]
+
+
+def _kind(before: str | None, after: str | None) -> Literal["swapped", "changed", ""]:
+    if is_substituted(before, after):
+        return "swapped"
+    return "" if before == after else "changed"
+
+
+def language(text: str) -> Literal["ru", "en"]:
+    """`ru` where Cyrillic letters are at least as many as Latin ones, `en` otherwise."""
+    cyrillic = sum("Ѐ" <= char <= "ӿ" for char in text)
+    latin = sum(char.isascii() and char.isalpha() for char in text)
+    return "ru" if cyrillic >= latin else "en"
+
+
 def mark(source: str, output: str, open: str = "**", close: str = "**") -> str:
     """`output` with each run of letters that were exchanged put between `open` and `close`."""
-    return _mark(source, output, open, close, str)
-
-
-def mark_html(source: str, output: str) -> str:
-    """`mark` as HTML: the text is escaped, the exchanged letters stand in `<b>`."""
-    return _mark(source, output, "<b>", "</b>", html.escape)
-
-
-def _mark(source: str, output: str, open: str, close: str, escape: Callable[[str], str]) -> str:
-    pairs = [pair for pair in align(source, output) if pair[1] is not None]
-    parts = []
-    for marked, run in itertools.groupby(pairs, key=lambda pair: is_substituted(*pair)):
-        text = escape("".join(after or "" for _, after in run))
-        parts.append(f"{open}{text}{close}" if marked else text)
-    return "".join(parts)
+    runs = marked(source, output)
+    return "".join(f"{open}{text}{close}" if kind == "swapped" else text for text, kind in runs)

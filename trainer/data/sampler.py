@@ -1,14 +1,13 @@
 """Which examples make an optimizer step, and how they fall into micro-batches.
 
 The examples of step s in epoch e depend on (seed, e, s) alone: not on ranks, accumulation or layout. A step's
-examples are split into `accumulate x ranks` micro-batches of nearly equal tokens, each with the weights that make the
+examples are split into `accumulate x ranks` micro-batches of nearly equal cost, each with the weights that make the
 accumulated and reduced gradient exactly the mean over the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,25 +24,37 @@ class MicroBatch:
     share: StepShare
 
 
-def balance(indices: Sequence[int], tokens: Sequence[int], parts: int) -> list[list[int]]:
-    """Split examples into `parts` lists of nearly equal tokens: the longest first, each to the lightest part.
+def balance(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Split examples into at most `parts` lists whose padded rows cost nearly the same, and as little as can be.
 
-    Every list is in ascending order of length, so that the same examples always make the same rows.
+    A list costs its number of examples times its longest. Sorted by length and cut where it fits, so that rows of one
+    list are alike; the cost is the least for which `parts` lists suffice. Missing lists are empty.
     """
-    heap = [(0, part) for part in range(parts)]
-    out: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(indices, key=lambda i: (-tokens[i], i)):
-        weight, part = heapq.heappop(heap)
-        out[part].append(index)
-        heapq.heappush(heap, (weight + tokens[index], part))
-    return [part[::-1] for part in out]
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    low, high = lengths[order[0]], lengths[order[0]] * len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(order, lengths, middle)) <= parts else (middle + 1, high)
+    cut = _cut(order, lengths, low)
+    return cut + [[] for _ in range(parts - len(cut))]
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], cost: int) -> list[list[int]]:
+    """Lists of at most this cost, filled one after the other from the longest example on."""
+    out: list[list[int]] = []
+    for index in order:
+        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= cost:
+            out[-1].append(index)
+        else:
+            out.append([index])
+    return out
 
 
 class StepSampler(DistributedSampler):
     """Yields this rank's micro-batches, step by step; `accumulate` of them make one optimizer step.
 
     Args:
-        tokens: how many tokens each example costs; its length is the number of examples.
+        lengths: tokens of each example's longest row.
         scored: how many of them are counted by token-weighted losses (completion tokens, chosen tokens).
         batch_size: examples for each optimizer step, over all ranks. The last step of an epoch may have fewer.
         accumulate: micro-batches of a step on one rank.
@@ -53,7 +64,7 @@ class StepSampler(DistributedSampler):
 
     def __init__(
         self,
-        tokens: Sequence[int],
+        lengths: Sequence[int],
         scored: Sequence[int],
         batch_size: int,
         accumulate: int = 1,
@@ -62,15 +73,15 @@ class StepSampler(DistributedSampler):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(tokens, num_replicas=ranks, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.tokens, self.scored = tokens, scored
+        super().__init__(lengths, num_replicas=ranks, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.lengths, self.scored = lengths, scored
         self.batch_size, self.accumulate = batch_size, accumulate
         self.first_step = 0
 
     @property
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
-        return -(-len(self.tokens) // self.batch_size)
+        return -(-len(self.lengths) // self.batch_size)
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
@@ -95,17 +106,17 @@ class StepSampler(DistributedSampler):
             yield from self._micro_batches(self.step_indices(self.epoch, step, order))
 
     def _order(self, epoch: int) -> np.ndarray:
-        count = len(self.tokens)
+        count = len(self.lengths)
         return (
             np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
         )
 
     def _micro_batches(self, indices: list[int]) -> Iterator[MicroBatch]:
-        parts = balance(indices, self.tokens, self.accumulate * self.num_replicas)
+        parts = balance(indices, self.lengths, self.accumulate * self.num_replicas)
         forwards = self.accumulate * self.num_replicas
         example_weight = forwards / len(indices)
         token_weight = forwards / sum(self.scored[i] for i in indices)
-        filler = min(indices, key=lambda i: (self.tokens[i], i))
+        filler = min(indices, key=lambda i: (self.lengths[i], i))
         for turn in range(self.accumulate):
             part = parts[turn * self.num_replicas + self.rank]
             last = turn == self.accumulate - 1

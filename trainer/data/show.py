@@ -14,7 +14,7 @@ _LINE = 100
 _QUANTILES = (("min", 0.0), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 
 
-def summarize(
+def summarize_source(
     source: Source,
     *,
     splits: Sequence[Split] = ("train", "validation"),
@@ -40,8 +40,11 @@ def summarize(
     return {"source": type(source).__name__, "prompt_template": source.prompt_template, "splits": found}
 
 
+summarize = summarize_source  # the old name, until launch/commands/data.py says the new one
+
+
 def summarize_records(loaded: Loaded, *, capitals: bool = False, examples: int = 3) -> dict[str, Any]:
-    """`summarize` for one split that is loaded."""
+    """`summarize_source` for one split that is loaded."""
     columns: dict[str, list[str]] = {}
     for record in loaded.records:
         for name, value in _fields(record):
@@ -60,7 +63,7 @@ def summarize_records(loaded: Loaded, *, capitals: bool = False, examples: int =
 
 
 def render_summary(summary: dict[str, Any]) -> str:
-    """`summarize`'s answer as lines for a terminal; exchanged letters of the chosen are marked **so**."""
+    """`summarize_source` as lines for a terminal; exchanged letters of the chosen are marked **so**."""
     lines = [summary["source"]]
     if summary["prompt_template"] is not None:
         lines.append(f"  prompt      {summary['prompt_template']!r}")

@@ -12,7 +12,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from trainer.data.files import Table, read_rows
 from trainer.data.homoglyphs import fold
@@ -28,10 +28,10 @@ __all__ = [
     "Source",
     "Table",
     "TableTexts",
-    "Text",
     "TextRow",
     "TextSource",
     "Texts",
+    "UniqueText",
     "content_key",
     "read_rows",
     "split_share",
@@ -60,6 +60,22 @@ class Source(Protocol):
         """Read one split; a `UserError` names what is wrong."""
         ...
 
+    def describe(self) -> dict[str, Any]:
+        """The source's settings as plain JSON, for the run's manifest."""
+        return described(self)
+
+
+def described(settings: Any) -> dict[str, Any]:
+    """A dataclass's name and fields as plain JSON; those that are described themselves inside."""
+    fields = {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+    return {"class": type(settings).__name__, **fields}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "describe"):
+        return value.describe()
+    return list(value) if isinstance(value, tuple) else value
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextRow:
@@ -78,7 +94,7 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Text:
+class UniqueText:
     """One text, met once: `key` is its content key, `component` that of the component it belongs to."""
 
     text: str
@@ -95,7 +111,12 @@ class TextSource(abc.ABC):
     def load(self) -> Texts:
         """Read all rows; a `UserError` names what is wrong."""
 
+    def describe(self) -> dict[str, Any]:
+        """The source's settings as plain JSON, for the run's manifest."""
+        return described(self)
 
+
+@dataclasses.dataclass
 class GeneratedTexts(TextSource):
     """Texts made by the project's own generator: no file, no network.
 
@@ -103,27 +124,47 @@ class GeneratedTexts(TextSource):
         count: how many of each language.
         seed: another seed gives other texts.
         languages: of `ru` and `en`.
+        min_characters: leave out shorter texts, 0 to 60; more are made until there are `count`. There are so
+            few short sentences that the base model may have been trained on the same ones.
     """
 
-    def __init__(self, count: int, seed: int = 0, languages: Sequence[Language] = ("ru", "en")) -> None:
-        if count < 1:
-            raise UserError(f"GeneratedTexts: count is {count}; it should be 1 or more")
-        self.count, self.seed, self.languages = count, seed, tuple(languages)
+    count: int
+    seed: int = 0
+    languages: Sequence[Language] = ("ru", "en")
+    min_characters: int = 30
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"GeneratedTexts: count is {self.count}; it should be 1 or more")
+        if not 0 <= self.min_characters <= 60:
+            raise UserError(
+                f"GeneratedTexts: min_characters is {self.min_characters}; it should be from 0 to 60"
+            )
 
     def load(self) -> Texts:
-        from trainer.data.corpus import generate_texts
-
         rows: list[TextRow] = []
         hashes = {}
         for language in self.languages:
-            made = generate_texts(language, self.count, self.seed)
+            made = self._made(language)
             hashes[f"generated/{language}/{self.count}/{self.seed}"] = sha256_text(*made)
             rows += [
-                TextRow({language: text}, f"generated/{language}:{n}") for n, text in enumerate(made, start=1)
+                TextRow({language: text}, f"generated/{language}, row {n}") for n, text in enumerate(made, 1)
             ]
         return Texts(rows, hashes)
 
+    def _made(self, language: Language) -> list[str]:
+        """The first `count` texts of the generator's endless row that are long enough."""
+        from trainer.data.corpus import generate_texts
 
+        drawn = self.count
+        while True:
+            made = [t for t in generate_texts(language, drawn, self.seed) if len(t) >= self.min_characters]
+            if len(made) >= self.count:
+                return made[: self.count]
+            drawn *= 2
+
+
+@dataclasses.dataclass
 class LineTexts(TextSource):
     """Text files of one language each, one text a line.
 
@@ -132,25 +173,28 @@ class LineTexts(TextSource):
         en: file of English texts (.txt or .txt.gz).
     """
 
-    def __init__(self, ru: str | None = None, en: str | None = None) -> None:
-        if ru is None and en is None:
+    ru: str | None = None
+    en: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ru is None and self.en is None:
             raise UserError("LineTexts: neither ru nor en is given; name at least one text file")
-        self.files: dict[Language, str] = {}
-        if ru is not None:
-            self.files["ru"] = ru
-        if en is not None:
-            self.files["en"] = en
 
     def load(self) -> Texts:
         rows: list[TextRow] = []
         hashes: dict[str, str] = {}
-        for language, path in self.files.items():
-            table = read_rows(path, columns=["text"], offline=True)
-            hashes |= table.hashes
-            rows += [TextRow({language: row["text"].removeprefix("\ufeff")}, origin) for origin, row in table]
+        files: dict[Language, str | None] = {"ru": self.ru, "en": self.en}
+        for language, path in files.items():
+            if path is not None:
+                table = read_rows(path, columns=["text"], offline=True)
+                hashes |= table.hashes
+                rows += [
+                    TextRow({language: row["text"].removeprefix("\ufeff")}, origin) for origin, row in table
+                ]
         return Texts(rows, hashes)
 
 
+@dataclasses.dataclass
 class TableTexts(TextSource):
     """A local JSONL, JSON, CSV or parquet file with a column for each language; a row's texts say the same.
 
@@ -159,14 +203,18 @@ class TableTexts(TextSource):
         columns: language (`ru`, `en`) -> column.
     """
 
-    def __init__(self, path: str, columns: dict[str, str]) -> None:
-        self.path, self.columns = path, _languages(columns, "TableTexts")
+    path: str
+    columns: dict[str, str]
+
+    def __post_init__(self) -> None:
+        _languages(self.columns, "TableTexts")
 
     def load(self) -> Texts:
         table = read_rows(self.path, columns=list(self.columns.values()), offline=True)
-        return Texts(list(_text_rows(table, self.columns)), table.hashes)
+        return Texts(list(_text_rows(table, _languages(self.columns, "TableTexts"))), table.hashes)
 
 
+@dataclasses.dataclass
 class HubTexts(TextSource):
     """A dataset of the hub with a column for each language (needs the network); by default the published one.
 
@@ -178,26 +226,24 @@ class HubTexts(TextSource):
         offline: refuse the network.
     """
 
-    def __init__(
-        self,
-        dataset: str = "MoritzLaurer/multilingual-NLI-26lang-2mil7",
-        split: str = "ru_mnli",
-        columns: dict[str, str] | None = None,
-        revision: str | None = None,
-        offline: bool = False,
-    ) -> None:
-        self.dataset, self.split, self.revision, self.offline = dataset, split, revision, offline
-        self.columns = _languages(columns or {"ru": "premise", "en": "premise_original"}, "HubTexts")
+    dataset: str = "MoritzLaurer/multilingual-NLI-26lang-2mil7"
+    split: str = "ru_mnli"
+    columns: dict[str, str] | None = None
+    revision: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        self._columns = _languages(self.columns or {"ru": "premise", "en": "premise_original"}, "HubTexts")
 
     def load(self) -> Texts:
         table = read_rows(
             self.dataset,
-            columns=list(self.columns.values()),
+            columns=list(self._columns.values()),
             split=self.split,
             revision=self.revision,
             offline=self.offline,
         )
-        return Texts(list(_text_rows(table, self.columns)), table.hashes)
+        return Texts(list(_text_rows(table, self._columns)), table.hashes)
 
 
 def _languages(columns: dict[str, str], where: str) -> dict[Language, str]:
@@ -234,7 +280,7 @@ def content_key(text: str) -> str:
     return sha256_text(plain)
 
 
-def unique_texts(rows: Iterable[TextRow]) -> tuple[list[Text], Counter[str]]:
+def unique_texts(rows: Iterable[TextRow]) -> tuple[list[UniqueText], Counter[str]]:
     """Each text once, as first met; and counts: rows, texts, dropped_blank, dropped_duplicate."""
     counts: Counter[str] = Counter(rows=0, texts=0, dropped_blank=0, dropped_duplicate=0)
     found: dict[str, tuple[str, Language, str]] = {}
@@ -255,7 +301,8 @@ def unique_texts(rows: Iterable[TextRow]) -> tuple[list[Text], Counter[str]]:
             _join(parents, keys[0], key)
     counts["texts"] = len(found)
     texts = [
-        Text(text, lang, key, _root(parents, key), origin) for key, (text, lang, origin) in found.items()
+        UniqueText(text, lang, key, _root(parents, key), origin)
+        for key, (text, lang, origin) in found.items()
     ]
     return texts, counts
 

@@ -114,22 +114,6 @@ def tokenize_demonstrations(
     return kept
 
 
-def tokenize_preference(
-    record: Preference, tokenizer: Tokenizer, limits: Limits | None = None
-) -> TokenizedPreference | None:
-    """Tokenise one pair; None where it is dropped."""
-    kept = tokenize_preferences([record], tokenizer, limits)
-    return kept[0] if kept else None
-
-
-def tokenize_demonstration(
-    record: Demonstration, tokenizer: Tokenizer, limits: Limits | None = None
-) -> TokenizedDemonstration | None:
-    """Tokenise one demonstration; None where it is dropped."""
-    kept = tokenize_demonstrations([record], tokenizer, limits)
-    return kept[0] if kept else None
-
-
 def tokenize_prompt(prompt: Text, tokenizer: Tokenizer, origin: str = "prompt") -> list[int]:
     """Token ids of a prompt to generate from, the same as in training: BOS once, no EOS."""
     plain = isinstance(prompt, str)

@@ -17,13 +17,13 @@ from peft import PeftModel
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.data.homoglyphs import INSTRUCTION, SWAP, SWAP_CAPITALS, align
+from trainer.data.homoglyphs import INSTRUCTION, SWAP, SWAP_CAPITALS, align, language
 from trainer.data.tokenize import tokenize_prompt
 from trainer.evaluation.published_letters import PUBLISHED
 from trainer.generation import Sampling, generate
 from trainer.schema import UserError
 
-Language = Literal["ru", "en"]
+Overlong = Literal["refuse", "drop"]
 _RESAMPLES = 2000
 
 
@@ -83,7 +83,7 @@ def evaluate_letters(
     cut: int | None = None,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
-    overlong: Literal["refuse", "drop"] = "refuse",
+    overlong: Overlong = "refuse",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Let the model answer each text greedily and score it: rates, intervals, counts, and all `examples`.
@@ -101,7 +101,7 @@ def evaluate_letters(
     lengths = [len(tokenizer.encode(source, add_special_tokens=False)) for source in sources]
     fits = _fitting(model, prompts, lengths, overlong)
     if not fits:
-        raise UserError(f"texts: none of the {len(sources)} fits the model's positions; cut them (cut: 48)")
+        raise UserError(f"texts: none of the {len(sources)} fits the model's positions; cut them (--cut 48)")
     limit = max_new_tokens or 2 * max(lengths[index] for index in fits) + 16
     answers = generate(
         model,
@@ -138,13 +138,14 @@ def evaluate_in_full(
     capitals: bool = False,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
+    overlong: Overlong = "refuse",
     progress: bool = False,
 ) -> dict[str, Any]:
     """`evaluate_letters`, and beside it the five published sentences, whole lines, and capitals.
 
-    `published` and `whole_lines` have the same keys again (`whole_lines` drops what the model has no
-    positions for; it is None where there was no cut). `capitals` scores the same outputs with capitals
-    counted as swappable too.
+    `overlong` is for the texts themselves; `published` and `whole_lines` have the same keys again, and always
+    drop and count what the model has no positions for (`whole_lines` is None where there was no cut).
+    `capitals` scores the same outputs with capitals and lower case both counted as swappable.
     """
     settings: dict[str, Any] = {
         "instruction": instruction,
@@ -152,7 +153,7 @@ def evaluate_in_full(
         "max_new_tokens": max_new_tokens,
     }
     settings |= {"capitals": capitals, "progress": progress}
-    result = evaluate_letters(model, tokenizer, texts, cut=cut, **settings)
+    result = evaluate_letters(model, tokenizer, texts, cut=cut, overlong=overlong, **settings)
     sentences = [row.source for row in PUBLISHED]
     result["label"] = label
     result["published"] = evaluate_letters(model, tokenizer, sentences, overlong="drop", **settings)
@@ -197,13 +198,6 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
     if not texts:
         raise UserError(f"{path}: it has no text; give a file with one text on each line")
     return texts[:limit]
-
-
-def language(text: str) -> Language:
-    """`ru` where Cyrillic letters are at least as many as Latin ones, `en` otherwise."""
-    cyrillic = sum("Ѐ" <= char <= "ӿ" for char in text)
-    latin = sum(char.isascii() and char.isalpha() for char in text)
-    return "ru" if cyrillic >= latin else "en"
 
 
 def interval(hits: Sequence[int], totals: Sequence[int]) -> list[float] | None:
@@ -261,7 +255,7 @@ def _cut(texts: Sequence[str], cut: int | None) -> list[str]:
 
 
 def _fitting(
-    model: PreTrainedModel | PeftModel, prompts: list[list[int]], lengths: list[int], overlong: str
+    model: PreTrainedModel | PeftModel, prompts: list[list[int]], lengths: list[int], overlong: Overlong
 ) -> list[int]:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needs = [len(prompt) + length + 1 for prompt, length in zip(prompts, lengths, strict=True)]
@@ -270,6 +264,7 @@ def _fitting(
         first = min(set(range(len(needs))) - set(fits))
         raise UserError(
             f"text {first + 1}: {lengths[first]} tokens; with its prompt and an equally long answer it needs"
-            f" {needs[first]} positions and the model has {positions}; cut it (cut: 48), or drop such texts"
+            f" {needs[first]} positions and the model has {positions}; cut the texts (--cut 48), or leave out"
+            " and count such as this one (--overlong drop)"
         )
     return fits

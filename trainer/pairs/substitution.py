@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NoReturn
 
 from trainer.data.homoglyphs import INSTRUCTION, substitute
-from trainer.data.sources import Language, Loaded, Source, Text, TextSource, split_share, unique_texts
+from trainer.data.sources import (
+    Language,
+    Loaded,
+    Source,
+    TextSource,
+    UniqueText,
+    split_share,
+    unique_texts,
+)
 from trainer.schema import Demonstration, Preference, Split, UserError
 
 Stage = Literal["sft", "dpo", "evaluation"]
@@ -17,6 +26,7 @@ STAGE_SHARES: dict[str, float] = {"sft": 0.45, "dpo": 0.45, "evaluation": 0.1}
 _NAMES: dict[Language, str] = {"ru": "Russian", "en": "English"}
 
 
+@dataclasses.dataclass
 class Letters(Source):
     """Repeat a text with c/с, y/у and o/о exchanged.
 
@@ -29,7 +39,8 @@ class Letters(Source):
         texts: where the texts come from; give all stages the same.
         kind: what to make of each text.
         stage: whose texts. Those of `evaluation` are never given for training.
-        russian: share of Russian records, 0 to 1; texts over that ratio are left out and counted.
+        russian: share of Russian records, 0 to 1; texts over that ratio are left out and counted. null takes
+            all texts in the languages that are there, as they come.
         capitals: exchange capitals too.
         validation_fraction: share of a stage's texts kept for validation.
         instruction: the prompt, with `{text}` where the text goes.
@@ -42,25 +53,20 @@ class Letters(Source):
         UserError: a setting out of range, or no text left for a split.
     """
 
-    def __init__(
-        self,
-        texts: TextSource,
-        kind: Literal["demonstration", "preference"],
-        stage: Stage,
-        russian: float = 0.5,
-        capitals: bool = False,
-        validation_fraction: float = 0.05,
-        instruction: str = INSTRUCTION,
-        limit: int | None = None,
-        max_characters: int | None = None,
-        stage_shares: dict[str, float] | None = None,
-    ) -> None:
-        self.texts, self.kind, self.stage = texts, kind, stage
-        self.russian, self.capitals, self.validation_fraction = russian, capitals, validation_fraction
-        self.prompt_template: str | None = instruction
-        self.limit, self.max_characters = limit, max_characters
-        self.stage_shares = dict(STAGE_SHARES if stage_shares is None else stage_shares)
-        self._instruction = instruction
+    texts: TextSource
+    kind: Literal["demonstration", "preference"]
+    stage: Stage
+    russian: float | None = 0.5
+    capitals: bool = False
+    validation_fraction: float = 0.05
+    instruction: str = INSTRUCTION
+    limit: int | None = None
+    max_characters: int | None = None
+    stage_shares: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_template = self.instruction
+        self._shares = dict(STAGE_SHARES if self.stage_shares is None else self.stage_shares)
         self._check()
 
     def load(self, split: Split) -> Loaded:
@@ -73,7 +79,7 @@ class Letters(Source):
         make = self._preference if self.kind == "preference" else self._demonstration
         return Loaded([make(text) for text in texts], dict(counts), dict(self._read[2]))  # type: ignore[arg-type]
 
-    def select(self, split: Split) -> tuple[list[Text], Counter[str]]:
+    def select(self, split: Split) -> tuple[list[UniqueText], Counter[str]]:
         """The texts that `load` makes records of, and the counts: kept, kept_ru, kept_en, dropped_<why>."""
         if self.stage == "evaluation" and split == "train":
             raise UserError(
@@ -92,46 +98,60 @@ class Letters(Source):
         return self._mix(usable, split, counts), counts
 
     @functools.cached_property
-    def _read(self) -> tuple[list[Text], Counter[str], dict[str, str]]:
+    def _read(self) -> tuple[list[UniqueText], Counter[str], dict[str, str]]:
         loaded = self.texts.load()
         texts, counts = unique_texts(loaded.rows)
         return texts, counts, loaded.hashes
 
     def _holds(self, text: Text, split: Split) -> bool:
         """Whether a text belongs to this stage and split."""
-        stage = stage_of(text.component, self.stage_shares)
+        stage = stage_of(text.component, self._shares)
         if split == "test" or self.stage == "evaluation":
             return stage == "evaluation"
         validates = split_share(text.component, "letters/validation") < self.validation_fraction
         return stage == self.stage and validates == (split == "validation")
 
-    def _mix(self, texts: list[Text], split: Split, counts: Counter[str]) -> list[Text]:
+    def _mix(self, texts: list[UniqueText], split: Split, counts: Counter[str]) -> list[UniqueText]:
         """As many texts as keep the ratio, chosen and ordered by their content keys."""
-        pools: dict[Language, list[Text]] = {
-            language: sorted((t for t in texts if t.language == language), key=lambda t: t.key)
-            for language in _NAMES
-        }
-        shares: dict[Language, float] = {"ru": self.russian, "en": 1 - self.russian}
+        ordered = sorted(texts, key=lambda t: t.key)
+        if not ordered:
+            self._nothing_left("", split, counts)
+        if self.russian is None:
+            whole, chosen = len(ordered), ordered[: self.limit]
+        else:
+            whole, chosen = self._at_ratio(ordered, self.russian, split, counts)
+        counts["dropped_for_ratio"] = len(ordered) - whole
+        counts["dropped_over_limit"] = whole - len(chosen)
+        languages = Counter(text.language for text in chosen)
+        counts.update(kept=len(chosen), kept_ru=languages["ru"], kept_en=languages["en"])
+        return chosen
+
+    def _at_ratio(
+        self, ordered: list[UniqueText], russian: float, split: Split, counts: Counter[str]
+    ) -> tuple[int, list[UniqueText]]:
+        """How many texts the ratio leaves, and those of them within the limit."""
+        pools = {name: [text for text in ordered if text.language == name] for name in _NAMES}
+        shares: dict[Language, float] = {"ru": russian, "en": 1 - russian}
         for language, share in shares.items():
             if share > 0 and not pools[language]:
-                raise UserError(
-                    f"Letters: no {_NAMES[language]} text is left for stage {self.stage!r}, split {split!r} "
-                    f"(of {counts['texts']} texts), and russian is {self.russian}; give more texts, or "
-                    f"change russian, validation_fraction or stage_shares"
-                )
-        whole = int(
-            min(len(pools[language]) / share for language, share in shares.items() if share > 0) + 1e-9
-        )
+                self._nothing_left(f"{_NAMES[language]} ", split, counts)
+        # The small number is for shares that are no binary fractions: 9 / 0.9 is to be 10.
+        whole = int(min(len(pools[name]) / share for name, share in shares.items() if share > 0) + 1e-9)
         total = whole if self.limit is None else min(whole, self.limit)
-        kept_ru = min(round(total * self.russian), len(pools["ru"]))
-        kept = {"ru": kept_ru, "en": min(total - kept_ru, len(pools["en"]))}
-        chosen = pools["ru"][: kept["ru"]] + pools["en"][: kept["en"]]
-        counts["dropped_for_ratio"] = len(texts) - whole
-        counts["dropped_over_limit"] = whole - len(chosen)
-        counts.update(kept=len(chosen), kept_ru=kept["ru"], kept_en=kept["en"])
-        return sorted(chosen, key=lambda t: t.key)
+        kept_ru = min(round(total * russian), len(pools["ru"]))
+        chosen = pools["ru"][:kept_ru] + pools["en"][: total - kept_ru]
+        return whole, sorted(chosen, key=lambda t: t.key)
 
-    def _demonstration(self, text: Text) -> Demonstration:
+    def _nothing_left(self, language: str, split: Split, counts: Counter[str]) -> NoReturn:
+        ratio = "" if self.russian is None else f", and russian is {self.russian}"
+        null = "" if self.russian is None else " (null takes the languages that are there)"
+        raise UserError(
+            f"Letters: no {language}text is left for stage {self.stage!r}, split {split!r} (of "
+            f"{counts['texts']} texts){ratio}; give more texts, or change russian{null}, validation_fraction "
+            f"or stage_shares"
+        )
+
+    def _demonstration(self, text: UniqueText) -> Demonstration:
         return Demonstration(
             prompt=self._prompt(text),
             completion=substitute(text.text, capitals=self.capitals),
@@ -139,7 +159,7 @@ class Letters(Source):
             origin=text.origin,
         )
 
-    def _preference(self, text: Text) -> Preference:
+    def _preference(self, text: UniqueText) -> Preference:
         return Preference(
             prompt=self._prompt(text),
             chosen=substitute(text.text, capitals=self.capitals),
@@ -148,20 +168,21 @@ class Letters(Source):
             origin=text.origin,
         )
 
-    def _prompt(self, text: Text) -> str:
-        return self._instruction.replace("{text}", text.text)
+    def _prompt(self, text: UniqueText) -> str:
+        return self.instruction.replace("{text}", text.text)
 
     def _check(self) -> None:
         for name in ("russian", "validation_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"Letters: {name} is {getattr(self, name)}; it should be a share from 0 to 1")
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"Letters: {name} is {share}; it should be a share from 0 to 1")
         for name in ("limit", "max_characters"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"Letters: {name} is {value}; it should be 1 or more")
-        if self._instruction.count("{text}") != 1:
-            raise UserError(f"Letters: instruction is {self._instruction!r}; it should hold {{text}} once")
-        shares = self.stage_shares
+        if self.instruction.count("{text}") != 1:
+            raise UserError(f"Letters: instruction is {self.instruction!r}; it should hold {{text}} once")
+        shares = self._shares
         if (
             set(shares) != set(STAGE_SHARES)
             or min(shares.values()) < 0
@@ -182,5 +203,5 @@ def stage_of(component: str, shares: Mapping[str, float]) -> str:
     return "evaluation"
 
 
-def _record_id(text: Text) -> str:
+def _record_id(text: UniqueText) -> str:
     return f"{text.language}-{text.key[:16]}"

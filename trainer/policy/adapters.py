@@ -43,8 +43,7 @@ class AdapterConfig:
     Args:
         kind: `ia3` (learned scales) or `lora` (low-rank updates).
         preset: for ia3, what is scaled. `peft` (default): what PEFT scales in this family. `paper`: keys,
-        values and
-            feed-forward, never queries, also where GPT-2 fuses the three.
+            values and feed-forward, never queries, also where GPT-2 fuses the three.
         r: for lora, the rank (16 if not given).
         alpha: for lora, the numerator of the update's factor alpha / r (32 if not given).
         dropout: for lora, dropout on the adapter's input while training (0 if not given).

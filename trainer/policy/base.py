@@ -35,17 +35,17 @@ class PolicyConfig:
     """The model that is trained (or used).
 
     Args:
-        base: folder of a Hugging Face causal language model, or its id on the hub (which asks for the
-        network). adapter: what is trained beside the frozen base; null trains all weights.
-        start: saved weights to begin with: an adapter's folder, a checkpoint, a run's folder (its best), or
-        a `.pth`
-            file of the published system. If only the adapter's kind is set, its shape is taken from here.
+        base: folder of a Hugging Face causal language model, or its id on the hub (asks for the network).
+        adapter: what is trained beside the frozen base; null trains all weights.
+        start: saved weights to begin with: an adapter's folder, a checkpoint, a run's folder (its best), or a
+            `.pth` file of the published system. If only the adapter's kind is set, its shape is taken from
+            here.
         dtype: of the base's weights; adapters are always float32.
         revision: commit, tag or branch on the hub.
         offline: refuse to use the network.
         trust_remote_code: run Python code that comes with the model.
         attention: attention implementation of transformers (`sdpa`, `eager`, ...); chosen by family if not
-        given.
+            given.
     """
 
     base: str
@@ -77,7 +77,7 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
             dtype=_DTYPES[config.dtype],
             use_safetensors=True,
             attn_implementation=attention,
-            **_hub_settings(config),
+            **_hub_settings(name, config.revision, config.trust_remote_code),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"policy.base: '{name}' cannot be loaded ({first_line(error)})") from error
@@ -85,18 +85,37 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
     return model
 
 
-def _hub_settings(config: PolicyConfig) -> dict[str, Any]:
-    return {
-        "revision": config.revision or "main",
-        "local_files_only": config.offline,
-        "trust_remote_code": config.trust_remote_code,
-    }
+def _hub_settings(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What transformers is told beside the name, once `check_name` has passed: for the hub, one commit."""
+    commit = "main" if _is_folder(name) else hub_commit(name, revision)
+    return {"revision": commit, "trust_remote_code": trust_remote_code}
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+@functools.cache
+def hub_commit(name: str, revision: str | None) -> str:
+    """The commit that a hub revision names, asked for once: weights, tokenizer and manifest agree on it.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such model.
+    """
+    try:
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"policy.base: '{name}' cannot be reached on the hub ({first_line(error)})"
+        ) from error
+    return path.parent.name  # the hub's cache is laid out as snapshots/<commit>/<file>
 
 
 def read_config(name: str, config: PolicyConfig) -> PretrainedConfig:
     check_name(name, config.offline, "policy.base")
+    settings = _hub_settings(name, config.revision, config.trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(name, **_hub_settings(config))
+        return AutoConfig.from_pretrained(name, **settings)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"policy.base: '{name}' is no causal language model here ({first_line(error)})"
@@ -144,11 +163,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Where it has no pad token EOS pads, so that the vocabulary stays as it is."""
     check_name(base, offline, "policy.base")
-    settings = {
-        "revision": revision or "main",
-        "local_files_only": offline,
-        "trust_remote_code": trust_remote_code,
-    }
+    settings = _hub_settings(base, revision, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **settings)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -168,22 +183,14 @@ def load_tokenizer(
 def base_fingerprint(base: str, revision: str | None = None, offline: bool = False) -> dict[str, Any]:
     """Which weights `base` names: SHA-256 of a folder's weight files, each and all, or the hub's commit."""
     check_name(base, offline, "policy.base")
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        files = {
-            p.name: _hashed(p, p.stat().st_mtime_ns, p.stat().st_size)
-            for p in sorted(folder.glob("*.safetensors"))
-        }
-        digest = sha256_text(*(part for item in files.items() for part in item))
-        return {"name": base, "kind": "folder", "digest": digest, "files": files}
-    try:
-        path = Path(hf_hub_download(base, "config.json", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"policy.base: '{base}' cannot be reached on the hub ({first_line(error)})"
-        ) from error
-    # The hub's cache is laid out as snapshots/<commit>/<file>.
-    return {"name": base, "kind": "hub", "digest": path.parent.name, "revision": revision}
+    if not _is_folder(base):
+        return {"name": base, "kind": "hub", "digest": hub_commit(base, revision), "revision": revision}
+    files = {
+        p.name: _hashed(p, p.stat().st_mtime_ns, p.stat().st_size)
+        for p in sorted(Path(base).expanduser().glob("*.safetensors"))
+    }
+    digest = sha256_text(*(part for item in files.items() for part in item))
+    return {"name": base, "kind": "folder", "digest": digest, "files": files}
 
 
 @functools.lru_cache(maxsize=256)

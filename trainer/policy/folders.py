@@ -4,6 +4,9 @@ checked.
 A saved folder is a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) or a Hugging Face one
 (`config.json`, `model.safetensors`). Those that tandem writes also hold `manifest.json`: SHA-256 and size of
 each file.
+
+Checkpoints are found and checked here, below the room `checkpoint` that writes them, because a policy starts
+from one and a reference is one.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def is_saved(folder: Path) -> bool:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A temporary neighbour to fill; at the end it is flushed to disk and renamed to `final`, or it is gone.
 
-    A kill at any moment leaves under `final` what was there before or the new folder, whole.
+    A kill at any moment leaves what was there before or the new folder, whole: under `final`, or (between
+    two renames) under a hidden name that readers know and the next save gives back.
     An `OSError` (a full disk) comes out as one that names `final`.
     """
     final = Path(os.path.abspath(final))
@@ -78,6 +82,7 @@ def _replace(temporary: Path, final: Path) -> None:
     aside = _neighbour(final, ASIDE)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
+        os.utime(final)  # a rename leaves the time alone, and savers elsewhere judge by it
         os.rename(final, aside)
     os.rename(temporary, final)
     _flush(final.parent)
@@ -99,11 +104,13 @@ def _neighbour(final: Path, suffix: str) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Clear away what killed savers left: half folders go, a folder that stepped aside comes back."""
+    """Clear away what killed savers left: half folders go, a folder that stepped aside comes back.
+
+    For savers only: a reader on another machine cannot tell a killed saver from a slow one.
+    """
     for path in folder.glob(f".*{ASIDE}"):
-        final = path.with_name(path.name[1:].rsplit(".", 3)[0])
-        if _abandoned(path) and not final.exists():
-            os.rename(path, final)
+        if _abandoned(path) and _stands_in(path):
+            os.rename(path, _final(path))
         elif _abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f".*{PARTIAL}"):
@@ -115,7 +122,7 @@ def _abandoned(path: Path) -> bool:
     """Whether its maker is gone. Of another machine's process only time can tell."""
     host, process = path.name.rsplit(".", 3)[1:3]
     if host != socket.gethostname().replace(".", "-"):
-        return time.time() - path.stat().st_mtime > _PATIENCE
+        return time.time() - _last_touched(path) > _PATIENCE
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
@@ -123,6 +130,25 @@ def _abandoned(path: Path) -> bool:
     except PermissionError:
         pass
     return int(process) == os.getpid()
+
+
+def _last_touched(folder: Path) -> float:
+    """The newest time inside: a folder's own stands still while a large file in it grows."""
+    times = []
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # its maker is alive, and has just renamed or removed it
+            times.append(path.stat().st_mtime)
+    return max(times, default=time.time())
+
+
+def _final(path: Path) -> Path:
+    """Where a hidden neighbour belongs."""
+    return path.with_name(path.name[1:].rsplit(".", 3)[0])
+
+
+def _stands_in(path: Path) -> bool:
+    """Whether this is a folder that stepped aside for one that never came."""
+    return path.name.endswith(ASIDE) and not _final(path).exists()
 
 
 def remove(folder: Path) -> None:
@@ -205,16 +231,21 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run's folder or its `checkpoints/`, most optimizer steps first; links left out."""
+    """The checkpoints of a run's folder or its `checkpoints/`, most optimizer steps first; links left out.
+
+    Nothing is changed: whoever reads may do so while another process saves.
+    """
     folder = Path(folder)
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     if not folder.is_dir():
         return []
-    tidy(folder)
     found = [
         path
         for path in folder.iterdir()
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and is_saved(path)
+        if path.is_dir()
+        and not path.is_symlink()
+        and (not path.name.startswith(".") or _stands_in(path))
+        and is_saved(path)
     ]
     return sorted(found, key=_age, reverse=True)
 

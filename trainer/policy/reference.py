@@ -35,11 +35,9 @@ class ReferenceConfig:
 
     Args:
         kind: `shared` uses the policy's own frozen base (half the memory); `sharded` holds a frozen copy of
-        its own,
-            which ZeRO-3 spreads over the ranks like the policy.
+            its own, which ZeRO-3 spreads over the ranks like the policy.
         adapter: `start`: as the policy was at its start (the bare base if it has none). A path: that saved
-        adapter.
-            null: the bare base.
+            adapter. null: the bare base.
     """
 
     kind: Literal["shared", "sharded"] = "shared"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def collect(
     """The report of a run's or a recipe's folder.
 
     `published`: scores of the published answers (`trainer.evaluation.letters.published_scores`). `commands`:
-    how to repeat it all. Keys: title, recipe, created, machine, versions, git, code, commands, stages
-    (evaluations), published, curves, runs (manifests), samples: each by stage's name. Raises `UserError` if
-    the folder is missing or holds no run, or a file in it is not valid JSON.
+    how to repeat it all. Keys: title, recipe, created, report (the code that made this report), commands,
+    published; and by stage's name stages (evaluations), curves, runs (manifests: what trained it), samples.
+    Raises `UserError` if the folder is missing or holds no run, or a file in it is not valid JSON.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -51,22 +51,18 @@ def collect(
         raise UserError(
             f"{root}: holds no run ({', '.join(_SIGNS)}); give a folder that `tandem fit` or `run` wrote"
         )
-    runs = _read_each(stages, "manifest.json")
     name = root.resolve().name
     return _without_nan(
         {
             "title": title or name,
             "recipe": name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": _machine(runs.values()),
-            "versions": versions(),
-            "git": git_revision(),
-            "code": code_version(),
+            "report": _of_this_report(),
             "commands": list(commands) or [f"tandem report {folder}"],
             "stages": _read_each(stages, "evaluation.json"),
             "published": published or {},
             "curves": {stage: curves for stage, path in stages.items() if (curves := read_curves(path))},
-            "runs": runs,
+            "runs": _read_each(stages, "manifest.json"),
             "samples": {stage: samples for stage, path in stages.items() if (samples := _samples(path))},
         }
     )
@@ -77,9 +73,7 @@ def overlay(reports: Sequence[Report]) -> Report:
     if len(reports) == 1:
         return reports[0]
     names = _distinct([str(report.get("recipe") or report.get("title") or "run") for report in reports])
-    merged: Report = {key: value for key, value in reports[0].items() if not isinstance(value, dict)}
-    merged |= {"title": " and ".join(names), "recipe": None, "machine": reports[0].get("machine") or {}}
-    merged |= {"versions": reports[0].get("versions") or {}}
+    merged: Report = {"title": " and ".join(names), "recipe": None, "report": _of_this_report()}
     merged["created"] = max(str(report.get("created") or "") for report in reports)
     merged["commands"] = [command for report in reports for command in report.get("commands") or []]
     merged["published"] = next((report["published"] for report in reports if report.get("published")), {})
@@ -141,9 +135,9 @@ def _read_each(stages: dict[str, Path], name: str) -> dict[str, Any]:
     return {stage: read_json(path / name) for stage, path in stages.items() if (path / name).is_file()}
 
 
-def _machine(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("hostname", "cpus", "accelerator", "world_size", "num_nodes")
-    return next(({key: run[key] for key in keys if key in run} for run in runs), {})
+def _of_this_report() -> dict[str, Any]:
+    """The code that makes the report; what made the results is in the runs' manifests and evaluations."""
+    return {"git": git_revision(), "code": code_version(), "versions": versions()}
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from trainer.report.pictures import draw
 from trainer.report.view import label, view
@@ -34,6 +34,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         loader=jinja2.FileSystemLoader(_HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True
     )
     environment.filters["marks"] = _html_marks
+    environment.filters["paths"] = _html_paths
     curves = report.get("curves") or {}
     pictures = draw(curves, {stage: label(report, stage) for stage in curves})
     style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
@@ -43,12 +44,17 @@ def render_html(report: Mapping[str, Any]) -> str:
     )
 
 
-def _html_marks(runs: list[tuple[str, str]]) -> Markup:
+def _html_paths(text: str) -> Markup:
+    """Long paths break at their slashes rather than in a word."""
+    return Markup("/<wbr>").join(escape(part) for part in text.split("/"))
+
+
+def _html_marks(runs: Sequence[tuple[str, str]]) -> Markup:
     tags = {"swapped": "<b>{}</b>", "changed": "<i>{}</i>", "": "{}"}
     return Markup("").join(Markup(tags[kind]).format(text) for text, kind in runs)
 
 
-def _markdown_marks(runs: list[tuple[str, str]]) -> str:
+def _markdown_marks(runs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"**{_cell(text)}**" if kind == "swapped" else _cell(text) for text, kind in runs)
 
 

@@ -7,15 +7,13 @@ from typing import Any
 
 
 def duration(seconds: float | None) -> str:
-    """`48 s`, `2 min 05 s`, `3 h 07 min`."""
+    """Seconds as people say them: `48 s`, `2 min 5 s`, `3 h 12 min`; a dash for None."""
     if seconds is None:
         return "–"
-    if seconds < 60:
-        return f"{seconds:.0f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}\u00a0min {rest:02d}\u00a0s"
-    return f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def describe(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,12 +21,17 @@ def describe(run: Mapping[str, Any]) -> dict[str, Any]:
     model, data = run.get("model") or {}, run.get("data") or {}
     facts = [
         ("Trained", _parameters(model)),
+        ("Base", str((model.get("policy") or {}).get("base") or "")),
         ("Start", _start(model)),
         ("Reference", _reference(run, model)),
         ("Objective", _settings(model.get("objective"))),
         ("Optimizer", _settings(model.get("optimizer"))),
         ("Schedule", _settings(model.get("schedule"))),
-        ("Data", _counts(data)),
+        *(
+            (f"Data, {split}", _counts(counts))
+            for split, counts in (data.get("counts") or {}).items()
+            if isinstance(counts, Mapping)
+        ),
         ("Batch", _batch(data, run)),
         ("Steps", _steps(run)),
         ("Time", duration(run.get("seconds_total", run.get("seconds")))),
@@ -45,6 +48,49 @@ def describe(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def machine(run: Mapping[str, Any]) -> str:
+    """`CPU, 2 cores`, as far as a manifest tells."""
+    accelerator = str(run.get("accelerator") or "").replace("Accelerator", "")
+    cores = f"{run['cpus']} CPU cores" if run.get("cpus") else ""
+    ranks = f"{run['world_size']} ranks" if (run.get("world_size") or 1) > 1 else ""
+    return ", ".join(part for part in (accelerator, cores, ranks) if part)
+
+
+def provenance(
+    runs: Mapping[str, Any], evaluations: Mapping[str, Any], report: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """`what`, `code` and `versions` of what made the results: a row for the stages that agree.
+
+    Evaluations have a row only where their versions are others than those that trained. The last row is the
+    report's own code.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, run in runs.items():
+        found.setdefault((_code(run), _versions(run)), []).append(name)
+    trained = {versions for _, versions in found}
+    rows = [("Trained: " + "; ".join(names), *key) for key, names in found.items()]
+    measured: dict[str, list[str]] = {}
+    for name, evaluation in evaluations.items():
+        if (versions := _versions(evaluation)) and versions not in trained:
+            measured.setdefault(versions, []).append(name)
+    rows += [("Evaluated: " + "; ".join(names), "", versions) for versions, names in measured.items()]
+    if report:
+        rows.append(("This report", _code(report), _versions(report)))
+    return [{"what": what, "code": code, "versions": versions} for what, code, versions in rows]
+
+
+def _code(made: Mapping[str, Any]) -> str:
+    """The git revisions, those of earlier attempts first, and the hash of the code's files."""
+    attempts = [*(made.get("attempts") or []), made]
+    revisions = dict.fromkeys(str(attempt.get("git") or "not from a checkout") for attempt in attempts)
+    files = f", files {str(made['code'])[:12]}" if made.get("code") else ""
+    return f"git {', then '.join(revisions)}{files}"
+
+
+def _versions(made: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in (made.get("versions") or {}).items())
+
+
 def _parameters(model: Mapping[str, Any]) -> str:
     counts, policy = model.get("parameters") or {}, model.get("policy") or {}
     if not counts:
@@ -58,8 +104,10 @@ def _parameters(model: Mapping[str, Any]) -> str:
 
 
 def _start(model: Mapping[str, Any]) -> str:
+    """Where the adapter began: the very checkpoint that `checkpoints/best` was then, where that is known."""
     policy = model.get("policy") or {}
-    return " + ".join(str(policy[key]) for key in ("base", "start") if policy.get(key))
+    start = (policy.get("fingerprint") or {}).get("start") or {}
+    return str(start.get("path") or policy.get("start") or "") if isinstance(start, Mapping) else ""
 
 
 def _reference(run: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -73,7 +121,7 @@ def _reference(run: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 
 def _settings(found: Any) -> str:
-    """`sigmoid, beta 0.1, nll_weight 1.0`: settings that are on, long hashes and nested parts left out."""
+    """`sigmoid, beta 0.1, nll weight 1.0`: settings that are on, long hashes and nested parts left out."""
     if not isinstance(found, Mapping):
         return str(found or "")
     parts = []
@@ -85,14 +133,25 @@ def _settings(found: Any) -> str:
             if isinstance(value, Sequence) and not isinstance(value, str)
             else value
         )
-        parts.append(f"{value}" if key in ("name", "loss", "kind") else f"{key} {value}")
+        parts.append(f"{value}" if key in ("name", "loss", "kind") else f"{key.replace('_', ' ')} {value}")
     return ", ".join(parts)
 
 
-def _counts(data: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value:,}" for key, value in _flat(data.get("counts")) if value
-    )
+def _counts(counts: Mapping[str, Any]) -> str:
+    """`6,650 (ru 3,325, en 3,325); left out: 208 nothing to exchange; truncated prompts 3`."""
+    found = {key: value for key, value in counts.items() if isinstance(value, int) and value}
+    kept = [
+        f"{key.removeprefix('kept_')} {value:,}" for key, value in found.items() if key.startswith("kept_")
+    ]
+    parts = [f"{found.get('kept', 0):,}" + (f" ({', '.join(kept)})" if kept else "")]
+    dropped = [
+        f"{value:,} {key.removeprefix('dropped_').replace('_', ' ')}"
+        for key, value in found.items()
+        if key.startswith("dropped_")
+    ]
+    parts += [f"left out: {', '.join(dropped)}"] if dropped else []
+    parts += [f"{key.replace('_', ' ')} {value:,}" for key, value in found.items() if "truncated" in key]
+    return "; ".join(parts)
 
 
 def _flat(found: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -120,7 +179,8 @@ def _batch(data: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 def _steps(run: Mapping[str, Any]) -> str:
     if run.get("step") is None:
         return ""
-    return f"{run['step']:,}" + (f" in {run['epoch']} epochs" if run.get("epoch") else "")
+    epochs = run.get("epoch")
+    return f"{run['step']:,}" + (f" in {epochs} epoch{'s' * (epochs != 1)}" if epochs else "")
 
 
 def _speed(run: Mapping[str, Any]) -> str:

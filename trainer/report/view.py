@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.data.homoglyphs import align, is_substituted
-from trainer.report.runs import describe
+from trainer.data.homoglyphs import language, marked
+from trainer.report.runs import describe, machine, provenance
 
 Report = Mapping[str, Any]
 
@@ -49,10 +49,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one stage made of a sentence: (text, kind) runs, kind being `swapped`, `changed` or empty."""
+    """What one stage made of a sentence, `marked`; without a label it keeps a column empty."""
 
     label: str
-    runs: list[tuple[str, str]]
+    runs: Sequence[tuple[str, str]]
     published: bool = False
 
 
@@ -75,28 +75,15 @@ def label(report: Report, stage: str) -> str:
     return f"{run}{slash}{given if given and given != name else LABELS.get(name, name)}"
 
 
-def marked(source: str, output: str) -> list[tuple[str, str]]:
-    """`output` in runs: letters exchanged for a twin (`swapped`), others not of the source (`changed`)."""
-    pairs = [pair for pair in align(source, output) if pair[1] is not None]
-
-    def kind(pair: tuple[str | None, str | None]) -> str:
-        if is_substituted(*pair):
-            return "swapped"
-        return "" if pair[0] == pair[1] else "changed"
-
-    return [
-        ("".join(str(after) for _, after in run), name) for name, run in itertools.groupby(pairs, key=kind)
-    ]
-
-
 def view(report: Report) -> dict[str, Any]:
     """Everything a template places, in reading order; whatever the report lacks is empty."""
     stages = {name: stage for name, stage in (report.get("stages") or {}).items() if stage}
+    runs = {name: run for name, run in (report.get("runs") or {}).items() if run}
     pieces = _sentences(report, stages)
     return {
         "title": report.get("title") or "tandem",
         "created": str(report.get("created") or "").replace("T", " ").replace("+00:00", " UTC"),
-        "machine": machine(report.get("machine") or {}),
+        "machine": "; ".join(dict.fromkeys(filter(None, map(machine, runs.values())))),
         "headline": headline(report),
         "setting": _setting(stages),
         "rates": [_row(label(report, name), stage) for name, stage in stages.items()],
@@ -105,16 +92,14 @@ def view(report: Report) -> dict[str, Any]:
         "examples": pieces[: 2 * EXAMPLES],
         "more_examples": pieces[2 * EXAMPLES :],
         "published_sentences": _published_sentences(report, stages),
-        "runs": [
-            {"label": label(report, name)} | describe(run)
-            for name, run in (report.get("runs") or {}).items()
-            if run
-        ],
+        "runs": [{"label": label(report, name)} | describe(run) for name, run in runs.items()],
         "samples": _samples(report),
         "commands": list(report.get("commands") or []),
-        "git": report.get("git") or "not from a git checkout",
-        "code": str(report.get("code") or "")[:12],
-        "versions": dict(report.get("versions") or {}),
+        "provenance": provenance(
+            {label(report, name): run for name, run in runs.items()},
+            {label(report, name): stage for name, stage in stages.items()},
+            report.get("report") or {},
+        ),
     }
 
 
@@ -150,14 +135,6 @@ def _one_headline(row: Row, last: str, stages: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def machine(found: Mapping[str, Any]) -> str:
-    """`2 CPU cores, CPUAccelerator on host`, as far as known."""
-    cores = f"{found['cpus']} CPU cores" if found.get("cpus") else ""
-    ranks = f"{found['world_size']} ranks" if (found.get("world_size") or 1) > 1 else ""
-    accelerator = str(found.get("accelerator") or "").replace("Accelerator", "")
-    return ", ".join(part for part in (accelerator, cores, ranks) if part)
-
-
 def _rate(summary: Mapping[str, Any], name: str) -> Rate:
     low, high = summary.get(f"{name}_interval") or (None, None)
     return Rate(summary.get(f"{name}_rate"), low, high)
@@ -183,15 +160,13 @@ def _setting(stages: Mapping[str, Any]) -> str:
 def _closer(report: Report, stages: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same rates by language, for whole lines, and with capitals counted: a table for each."""
     tables = []
-    wanted: list[tuple[str, tuple[str, ...]]] = [
-        ("Russian sentences", ("languages", "ru")),
-        ("English sentences", ("languages", "en")),
+    wanted: list[tuple[str, tuple[str, ...], str]] = [
+        ("Russian sentences", ("languages", "ru"), ""),
+        ("English sentences", ("languages", "en"), ""),
+        ("Whole lines, without the cut", ("whole_lines",), _left_out(report, stages)),
+        ("Capitals and lower case together", ("capitals",), _capitals(report, stages)),
     ]
-    wanted += [
-        ("Whole lines, without the cut", ("whole_lines",)),
-        ("Capitals counted as look-alikes too", ("capitals",)),
-    ]
-    for title, keys in wanted:
+    for title, keys, note in wanted:
         rows = []
         for name, stage in stages.items():
             part: Any = stage
@@ -200,21 +175,51 @@ def _closer(report: Report, stages: Mapping[str, Any]) -> list[dict[str, Any]]:
             if part:
                 rows.append(_row(label(report, name), part))
         if rows:
-            tables.append({"title": title, "rows": rows})
+            tables.append({"title": title, "rows": rows, "note": note})
     return tables
 
 
-def _published_rates(report: Report, stages: Mapping[str, Any]) -> list[Row]:
-    rows = [
-        _row(label(report, name), stage["published"])
+def _left_out(report: Report, stages: Mapping[str, Any]) -> str:
+    counts = {
+        label(report, name): (stage.get("whole_lines") or {}).get("dropped_overlong")
         for name, stage in stages.items()
-        if stage.get("published")
-    ]
-    if not rows:
+    }
+    if not any(counts.values()):
+        return ""
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values()))} lines are longer than the model's positions and left out."
+    told = "; ".join(f"{name}: {count or 0}" for name, count in counts.items())
+    return f"Lines left out, longer than the model's positions. {told}."
+
+
+def _capitals(report: Report, stages: Mapping[str, Any]) -> str:
+    """What the table of capitals counts; the capitals alone are what it counts more than the table above."""
+    note = (
+        "The same answers, with C, Y and O counted as look-alike letters beside c, y and o. Training swaps"
+        " capitals only where its `capitals` setting is on."
+    )
+    alone = []
+    for name, stage in stages.items():
+        counts = stage.get("capitals") or {}
+        both, lower = counts.get("eligible") or 0, stage.get("eligible") or 0
+        if both > lower > 0:
+            swapped = counts["substituted"] - stage["substituted"]
+            alone.append(f"{label(report, name)}: {swapped} of {both - lower}")
+    return f"{note} Of the capitals alone were swapped: {'; '.join(alone)}." if alone else note
+
+
+def _published_rates(report: Report, stages: Mapping[str, Any]) -> list[Row]:
+    """Each stage of ours, with the published scores of the same stage below it."""
+    ours = {name: stage["published"] for name, stage in stages.items() if stage.get("published")}
+    if not ours:
         return []
-    for name, summary in (report.get("published") or {}).items():
-        rows.append(_row(_theirs(name), summary, published=True))
-    return rows
+    theirs = dict(report.get("published") or {})
+    rows = []
+    for name, summary in ours.items():
+        rows.append(_row(label(report, name), summary))
+        if name in theirs:
+            rows.append(_row(_theirs(name), theirs.pop(name), published=True))
+    return rows + [_row(_theirs(name), summary, published=True) for name, summary in theirs.items()]
 
 
 def _outputs(stages: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -235,8 +240,8 @@ def _sentences(report: Report, stages: Mapping[str, Any]) -> list[Sentence]:
         for source in next(iter(outputs.values()))
         if all(source in found for found in outputs.values())
     ]
-    russian = [source for source in sources if _is_russian(source)]
-    english = [source for source in sources if not _is_russian(source)]
+    russian = [source for source in sources if language(source) == "ru"]
+    english = [source for source in sources if language(source) == "en"]
     turns = [s for pair in itertools.zip_longest(russian, english) for s in pair if s is not None]
     shown = turns[: 2 * EXAMPLES + MORE_EXAMPLES]
     return [_sentence(report, source, outputs) for source in shown]
@@ -260,10 +265,13 @@ def _published_sentences(report: Report, stages: Mapping[str, Any]) -> list[Sent
             for name, found in ours.items()
             if source in found
         ]
+        # In the columns of ours, so that each published answer stands below the one of the same stage.
+        columns = list(ours) if set(theirs) <= set(ours) else list(theirs)
         answers += [
-            Answer(_theirs(name), marked(source, found[source]), published=True)
-            for name, found in theirs.items()
-            if source in found
+            Answer(_theirs(name), marked(source, theirs[name][source]), published=True)
+            if source in theirs.get(name, {})
+            else Answer("", [], published=True)
+            for name in (columns if theirs else ())
         ]
         sentences.append(Sentence(source, answers))
     return sentences
@@ -271,10 +279,6 @@ def _published_sentences(report: Report, stages: Mapping[str, Any]) -> list[Sent
 
 def _theirs(stage: str) -> str:
     return "Published, before training" if stage == "base" else f"Published {LABELS.get(stage, stage)}"
-
-
-def _is_russian(text: str) -> bool:
-    return any("а" <= char <= "я" for char in text.lower())
 
 
 def _samples(report: Report) -> list[dict[str, Any]]:
