@@ -50,7 +50,7 @@ def test_running_then_finished(tmp_path: Path, tiny_llama: Path) -> None:
     assert (found["status"], found["step"], found["epoch"], found["error"]) == ("finished", 8, 2, None)
     assert found["model"] == done.module.describe()
     assert found["data"] == done.trainer.datamodule.describe()
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert len(found["code"]) == 64
     assert found["callbacks"]["ImprovedLossCheckpoint"]["best_checkpoint"] == "step-00000008"
     assert found["callbacks"]["Throughput"]["pairs"] == 16
