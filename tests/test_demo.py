@@ -55,7 +55,9 @@ def test_the_report_has_every_stage_and_they_are_in_order(demo) -> None:
     assert dpo[0] >= 0.95
     assert dpo[1] >= 0.97
     # The published system, scored by the same scorer on its five sentences: 83 % and 90 %.
-    assert rates(stages["dpo"]["published"]) > (0.83, 0.90)
+    published = rates(stages["dpo"]["published"])
+    assert published[0] > 0.83
+    assert published[1] > 0.90
     assert "<html" in (demo / "report.html").read_text(encoding="utf-8")
 
 
@@ -65,9 +67,9 @@ def test_the_reference_did_not_move(demo) -> None:
 
 
 def test_a_second_run_skips_everything(demo) -> None:
-    start = time.monotonic()
+    manifest = (demo / "dpo" / "manifest.json").stat()
     tandem("run", "configs/letters/recipe.yaml", "--output", str(demo))
-    assert time.monotonic() - start < 30
+    assert (demo / "dpo" / "manifest.json").stat().st_mtime_ns == manifest.st_mtime_ns
 
 
 @pytest.mark.parametrize("adapter", [None, "sft", "dpo"])
@@ -95,7 +97,8 @@ def test_real_sentences_that_the_demo_never_saw(demo, tmp_path, adapter) -> None
         assert substituted >= 0.95
         assert kept >= 0.97
     else:
-        assert 0.02 < substituted < 0.99
+        assert 0.02 < substituted < 0.95
+        assert kept > 0.97
 
 
 def test_generate_prints_the_answer_and_nothing_else(demo) -> None:

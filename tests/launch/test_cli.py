@@ -56,7 +56,9 @@ def check_explained(shown: str, *names: str) -> None:
     entries = re.split(r"\n  (?=--)", shown)[1:]
     explained = {}
     for entry in entries:
-        name, words = re.match(r"(--[^\s,]+)(?:, --\S+)*(?: \{[^}]*\}| \[?[A-Z_]+\]?)?\s*(.*)", entry, re.DOTALL).groups()
+        name, words = re.match(
+            r"(--[^\s,]+)(?:, --\S+)*(?: \{[^}]*\}| \[?[A-Z_]+\]?)?\s*(.*)", entry, re.DOTALL
+        ).groups()
         explained[name] = words[:1] not in ("", "(")
     assert set(names) <= set(explained)
     assert [name for name, well in explained.items() if not well] == []
