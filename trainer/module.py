@@ -85,8 +85,8 @@ class AlignmentModule(L.LightningModule):
         # Lightning 2.6 resumes a checkpoint of an epoch's last step in the next epoch without counting that it began.
         # A checkpoint of that epoch would then pass for one of a finished epoch, and lose the loader's position.
         loop = self.trainer.fit_loop
-        begun = loop.epoch_progress.current.ready
-        if loop.restarted_mid_epoch and begun == loop.epoch_progress.current.processed:
+        now: Any = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and now.ready == now.processed:
             loop.epoch_progress.increment_ready()
             loop.epoch_progress.increment_started()
 
