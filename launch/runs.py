@@ -12,6 +12,7 @@ from trainer.provenance import read_json
 from trainer.schema import UserError
 
 CONFIG = "config.yaml"
+_ASIDE, _DROPPED = ".replaced", ".dropped"
 _MADE_BY_RUNS = (
     CONFIG,
     "manifest.json",
@@ -35,7 +36,7 @@ class Replaced:
 
     def __init__(self, folder: Path, paths: Sequence[Path] = ()) -> None:
         self.folder, self.paths, self.gone = folder, paths, not paths
-        self.aside = folder / ".replaced"
+        self.aside = folder / _ASIDE
 
     def holds(self, place: Path) -> bool:
         """Whether `place` is the old run's folder or part of what it left."""
@@ -55,7 +56,12 @@ class Replaced:
         """The new run is under way: remove the old one."""
         if not self.gone:
             self.gone = True
-            _remove([self.aside])
+            # Renamed first: what is half removed must not be taken for a run to bring back.
+            dropped = self.aside.with_name(_DROPPED)
+            _remove([dropped])
+            if self.aside.is_dir():
+                self.aside.rename(dropped)
+            _remove([dropped])
 
     def put_back(self) -> None:
         """Unless the old run is gone, remove what the new one wrote and bring the old one back."""
@@ -66,6 +72,17 @@ class Replaced:
         for path in self.paths if moved else ():
             _move(self.aside / path.relative_to(self.folder), path)
         _remove([self.aside])
+
+
+def recover(folder: Path) -> None:
+    """Bring back the old run that an attempt put aside, if that attempt was killed before its first batch."""
+    aside = folder / _ASIDE
+    if aside.is_dir():
+        _remove(made(folder))
+        for path in made(aside):
+            _move(path, folder / path.relative_to(aside))
+        _remove([aside])
+    _remove([folder / _DROPPED])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +102,9 @@ def default_folder(files: Sequence[str]) -> Path:
 
 
 def open_run(folder: Path, resume: str | None, overwrite: bool, first: bool) -> Start:
-    """Check that a run may use `folder`, and find what it replaces or resumes from; changes nothing.
+    """Check that a run may use `folder`, and find what it replaces or resumes from.
+
+    Changes nothing, but for what a killed `--overwrite` left behind, which is put in order first.
 
     `first`: this is rank zero; other ranks come after the folder was claimed. Raises `UserError` for a folder
     that holds a run, while neither `resume` nor `overwrite` was asked for, for a missing checkpoint, and for
@@ -95,6 +114,8 @@ def open_run(folder: Path, resume: str | None, overwrite: bool, first: bool) -> 
         raise UserError("--resume and --overwrite contradict each other; give one of them")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run {folder}: is a file, where a folder is needed")
+    if first and folder.is_dir():
+        recover(folder)
     if resume == "auto":
         return Start(_newest_here(folder), Replaced(folder))
     if resume:

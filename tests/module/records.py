@@ -72,11 +72,10 @@ class History(L.Callback):
 
 
 def fit(module: L.LightningModule, data: L.LightningDataModule, folder: Path, **settings: Any) -> History:
-    """Train quietly on one CPU device; returns what happened."""
+    """Train quietly, on one CPU device unless told otherwise; returns what happened."""
     history = History()
-    settings = {"max_steps": 5, "callbacks": [], **settings}
+    settings = {"accelerator": "cpu", "max_steps": 5, "callbacks": [], **settings}
     L.Trainer(
-        accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
