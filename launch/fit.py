@@ -89,7 +89,7 @@ class TandemCLI(LightningCLI):
                 "usage": f"tandem {command} --config FILE [--config FILE ...] [--run DIR] [--SETTING VALUE]",
                 "description": _DESCRIPTIONS[command],
             },
-            args=list(arguments),
+            args=with_nulls(arguments),
             run=False,
             auto_configure_optimizers=False,
         )
@@ -216,6 +216,34 @@ _DESCRIPTIONS: dict[Command, str] = {
     "validate": "Compute a config's validation metrics and print them as JSON. Configs stack as for `fit`.",
     "inspect": "Look at one example of a config's data.",
 }
+
+
+def with_nulls(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--model.a.b null` as the piece of config that says the same.
+
+    jsonargparse 4.53 hands a null for a setting inside a class on as the word `None`.
+    """
+    words, out = [part for word in arguments for part in _parted(word)], []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--model.") and words and words[0] == "null":
+            words.pop(0)
+            keys = [
+                "model",
+                "init_args",
+                *word.removeprefix("--model.").removeprefix("init_args.").split("."),
+            ]
+            value: Any = None
+            for key in reversed(keys):
+                value = {key: value}
+            out += ["--config", json.dumps(value)]
+        else:
+            out.append(word)
+    return out
+
+
+def _parted(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--model.") and word.endswith("=null") else [word]
 
 
 class KeepConfig(L.Callback):

@@ -314,3 +314,15 @@ def test_differences_leave_places_out():
     before = {"run": "a", "trainer": {"max_steps": 1, "default_root_dir": "a"}, "x": None}
     after = {"run": "b", "trainer": {"max_steps": 2, "default_root_dir": "b"}, "x": None}
     assert differences(before, after) == {"trainer.max_steps": (1, 2)}
+
+
+@pytest.mark.parametrize("setting", ["policy.start", "policy.adapter", "init_args.reference.adapter"])
+@pytest.mark.parametrize("form", ["--model.{} null", "--model.{}=null"])
+def test_null_on_the_command_line_is_null(capsys, setting, form):
+    words = form.format(setting).split()
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "configs/letters/dpo.yaml", *words, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    for key in setting.removeprefix("init_args.").split("."):
+        found = found[key]
+    assert found is None
