@@ -9,7 +9,9 @@ and whether everything was finite; a step that is not finite never reaches the w
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import signal
 from typing import Any, cast
 
 import lightning as L
@@ -31,10 +33,15 @@ from trainer.policy.load import (
 )
 from trainer.policy.logprobs import completion_token_logps, pair_logps
 from trainer.policy.reference import Reference, ReferenceConfig, build_reference
+from trainer.policy.sharded import drop_gradients, gradient_norm_share
 from trainer.policy.state import count_parameters, load_trained_state, trained_state
 from trainer.schema import PairLogps, PreferenceBatch, SupervisedBatch, UserError
 
 Sums = dict[str, tuple[Tensor | float | int, Tensor | float | int]]
+REQUESTS = {"stop": int(signal.SIGTERM), "requeue": int(signal.SIGUSR1)}
+"""What a rank may ask of all at a step's boundary, with the signal that asks it."""
+
+log = logging.getLogger(__name__)
 
 
 class AlignmentModule(L.LightningModule):
@@ -44,6 +51,8 @@ class AlignmentModule(L.LightningModule):
         policy: the model that is trained; there from `configure_model` on.
         step_metrics: the last optimizer step's metrics without their `train/` prefix, on every rank.
         skipped_steps: steps whose loss or gradient was not finite, and which therefore changed nothing.
+        requests: what this rank asks of all: `stop`, or `requeue`, each 0 or a signal's number. Signal handlers write it.
+        agreed: the same as of the last optimizer step: not 0 where any rank had asked. Equal on every rank.
     """
 
     def __init__(
@@ -67,6 +76,9 @@ class AlignmentModule(L.LightningModule):
         )
         self.step_metrics: dict[str, float] = {}
         self.skipped_steps = 0
+        self.requests = dict.fromkeys(REQUESTS, 0)
+        self.agreed = dict.fromkeys(REQUESTS, 0)
+        self._taken: list[tuple[Tensor, Any]] = []
         self._resumed_rng: dict[str, Any] | None = None
         self._step, self._validation = Means(metrics), Means(metrics)
 
@@ -136,6 +148,7 @@ class AlignmentModule(L.LightningModule):
         loss, sums = self.losses(batch)
         if batch.share.example_weight:
             self._step.update(sums)
+        self._taken.append((loss.detach(), batch))
         return loss
 
     def losses(self, batch: Any) -> tuple[Tensor, Sums]:
@@ -145,15 +158,46 @@ class AlignmentModule(L.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The step's one small collective, before anything is stepped into the weights."""
-        means = self._reduced(self._step)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]).item()
+        _, batch = self._taken[-1]
+        if not batch.share.last:
+            return  # under DeepSpeed Lightning calls this for each micro-batch
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        own = self._step.totals.clone()
+        sums, norm = self._agree(own, gradient_norm_share(parameters, self.trainer.world_size))
+        means = self.finished(self._step.means(sums))
         if not all(map(math.isfinite, (norm, *means.values()))):
             self.skipped_steps += 1
-            for parameter in self.parameters():
-                parameter.grad = None
+            drop_gradients(parameters)
+            self._name_not_finite(own, means)
+        self._step.reset()
+        self._taken.clear()
         self.step_metrics = {**means, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         metrics = {f"train/{name}": value for name, value in self.step_metrics.items()}
         self.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def _agree(self, totals: Tensor, norm_share: Tensor) -> tuple[Tensor, float]:
+        """The step's sums over all ranks, the gradient's norm, and `agreed`, by one all-reduce."""
+        asked = [float(self.requests[name] != 0) for name in REQUESTS]
+        rest = torch.tensor([0.0, *asked], dtype=totals.dtype, device=totals.device)
+        rest[0] = norm_share
+        message = torch.cat([totals.flatten(), rest])
+        message = cast(Tensor, self.trainer.strategy.reduce(message, reduce_op="sum"))
+        squared, *counts = message[totals.numel() :].tolist()
+        self.agreed = {n: s if c else 0 for (n, s), c in zip(REQUESTS.items(), counts, strict=True)}
+        return message[: totals.numel()].view_as(totals), math.sqrt(squared) if squared >= 0 else math.nan
+
+    def _name_not_finite(self, own: Tensor, means: dict[str, float]) -> None:
+        """Log the ids of this rank's examples that made the step not finite, as far as it can be known."""
+        lost = not all(map(math.isfinite, means.values()))
+        if lost and bool(own.isfinite().all()):
+            return  # another rank's loss was not finite
+        batches = [batch for loss, batch in self._taken if not (lost and bool(loss.isfinite()))]
+        ids = ", ".join(str(example) for batch in batches for example in batch.ids)
+        what = "loss" if lost else "gradient"
+        log.error(
+            "rank %d, step %d: the %s is not finite, nothing is changed; its examples: %s",
+            self.global_rank, self.trainer.global_step, what, ids,
+        )  # fmt: skip
 
     def _reduced(self, metric: Means) -> dict[str, float]:
         """The metric's means over all ranks, by one all-reduce, and the metric reset."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ class PortableCheckpointIO(CheckpointIO):
     The module's `on_save_checkpoint` must set `checkpoint["state_dict"]` to the trained tensors only and
     `checkpoint["tandem"]` to `describe_for_checkpoint(policy, config)` with a `prompt_template` if any.
     `checkpoint["rng"]` is a list with each rank's `rng_state()`; without it this process's own is stored.
+
+    Args:
+        guard: called right before a folder is renamed into place; raises if this process may not write any more.
     """
+
+    def __init__(self, guard: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.guard = guard
 
     @override
     def save_checkpoint(
@@ -68,7 +76,7 @@ class PortableCheckpointIO(CheckpointIO):
             "names": {file: name for name, file in names.items()},
             "checkpoint": encode(checkpoint, tensors),
         }
-        with whole_folder(Path(path)) as folder:
+        with whole_folder(Path(path), self.guard) as folder:
             (folder / "resume").mkdir()
             _write_weights(folder, {names[name]: tensor for name, tensor in state_dict.items()}, about)
             _write_tensors(folder / TENSORS, tensors)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trainer.policy import sharded
 from trainer.policy.adapters import AdapterConfig, first_line
 from trainer.policy.folders import is_adapter
 from trainer.provenance import sha256_file, sha256_text
@@ -46,6 +47,7 @@ class PolicyConfig:
         trust_remote_code: run Python code that comes with the model.
         attention: attention implementation of transformers (`sdpa`, `eager`, ...); chosen by family if not
             given.
+        gradient_checkpointing: compute activations a second time in the backward pass instead of keeping them.
     """
 
     base: str
@@ -56,6 +58,7 @@ class PolicyConfig:
     offline: bool = False
     trust_remote_code: bool = False
     attention: str | None = None
+    gradient_checkpointing: bool = False
 
 
 def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedModel:
@@ -71,6 +74,11 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
     _without_dropout(settings)
     attention = config.attention or ("eager" if settings.model_type == "gemma2" else None)
     try:
+        if sharded.active():
+            folder = _local_folder(name, config.revision)
+            return sharded.load_sharded(
+                folder, settings, _DTYPES[config.dtype], attention, config.trust_remote_code
+            )
         model = AutoModelForCausalLM.from_pretrained(
             name,
             config=settings,
@@ -89,6 +97,14 @@ def _hub_settings(name: str, revision: str | None, trust_remote_code: bool) -> d
     """What transformers is told beside the name, once `check_name` has passed: for the hub, one commit."""
     commit = "main" if _is_folder(name) else hub_commit(name, revision)
     return {"revision": commit, "trust_remote_code": trust_remote_code}
+
+
+def _local_folder(name: str, revision: str | None) -> Path:
+    """Where the weights lie: the folder itself, or the hub's files of one commit, fetched if they are not there."""
+    if _is_folder(name):
+        return Path(name).expanduser()
+    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+    return Path(snapshot_download(name, revision=hub_commit(name, revision), allow_patterns=patterns))
 
 
 def _is_folder(name: str) -> bool:

@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,13 @@ def is_saved(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path, guard: Callable[[], None] | None = None) -> Iterator[Path]:
     """A temporary neighbour to fill; at the end it is flushed to disk and renamed to `final`, or it is gone.
 
     A kill at any moment leaves what was there before or the new folder, whole: under `final`, or (between
     two renames) under a hidden name that readers know and the next save gives back.
-    An `OSError` (a full disk) comes out as one that names `final`.
+    An `OSError` (a full disk) comes out as one that names `final`. `guard` is called before the renaming; what it
+    raises stops it.
     """
     final = Path(os.path.abspath(final))
     temporary = _neighbour(final, PARTIAL)
@@ -69,6 +70,8 @@ def whole_folder(final: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
+        if guard is not None:
+            guard()
         _replace(temporary, final)
     except OSError as error:
         why = f"not written, what was there before is untouched: {os.strerror(error.errno or 0)}"

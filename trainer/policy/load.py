@@ -76,6 +76,9 @@ def load_policy(config: PolicyConfig) -> PeftModel | PreTrainedModel:
             "policy.dtype: bfloat16 weights lose small updates to rounding; train all weights in float32"
         )
     policy = _build(config)
+    if config.gradient_checkpointing:
+        # Not the reentrant way, which wants an input with a gradient and runs backwards inside a backward.
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     log.info("%s: %s", config.base, count_parameters(policy))
     return policy.train()
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from trainer.policy.adapters import POLICY, narrowed, whole, whole_sizes
+from trainer.policy.sharded import read_whole, write_whole
 from trainer.schema import UserError
-
-Read = Callable[[nn.Parameter], Tensor]
-Write = Callable[[nn.Parameter, Tensor], None]
-
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
@@ -40,54 +37,41 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     return ParameterCounts(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
-def _read(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach()
-
-
-def _write(parameter: nn.Parameter, tensor: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(tensor)
-
-
-def trained_state(model: nn.Module, read: Read = _read) -> dict[str, Tensor]:
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors by the names of `model.state_dict()`, whole; no frozen weight is among them.
 
-    Args:
-        read: gives a parameter's whole tensor, for strategies that shard parameters.
+    Where they are sharded, every rank must ask.
     """
     sizes = whole_sizes(model)
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensor = read(parameter)
+            tensor = read_whole(parameter)
             state[name] = whole(tensor.flatten(), sizes[name]).view(-1, 1) if name in sizes else tensor
     return state
 
 
-def load_trained_state(model: nn.Module, tensors: Mapping[str, Tensor], write: Write = _write) -> None:
-    """Put trained tensors back, by the names `trained_state` gave them.
-
-    Args:
-        write: sets a parameter from its whole tensor, for strategies that shard parameters.
+def load_trained_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put trained tensors back, by the names `trained_state` gave them; where they are sharded, on every rank.
 
     Raises:
         UserError: a tensor is missing, unknown or of another size.
     """
-    fill(model, tensors, {n for n, p in model.named_parameters() if p.requires_grad}, "the checkpoint", write)
+    fill(model, tensors, {n for n, p in model.named_parameters() if p.requires_grad}, "the checkpoint")
 
 
 def load_adapter_state(
-    model: PeftModel, tensors: Mapping[str, Tensor], adapter: str, origin: str, write: Write = _write
+    model: PeftModel, tensors: Mapping[str, Tensor], adapter: str, origin: str
 ) -> None:
     """Fill the named adapter from tensors under PEFT's file names; `origin` names the file in messages."""
     names = {
         file_name(name, adapter): name for name, _ in model.named_parameters() if _belongs(name, adapter)
     }
     state = {names.get(key, key): tensor for key, tensor in tensors.items()}
-    fill(model, state, set(names.values()), origin, write)
+    fill(model, state, set(names.values()), origin)
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: set[str], origin: str, write: Write) -> None:
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: set[str], origin: str) -> None:
     """Set exactly the parameters `names`; nothing is set unless all fit."""
     _check_names(names, set(tensors), origin)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
@@ -104,7 +88,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: set[str], origi
             )
         fitted[name] = tensor
     for name, tensor in fitted.items():
-        write(parameters[name], tensor)
+        write_whole(parameters[name], tensor)
 
 
 def _check_names(expected: set[str], found: set[str], origin: str) -> None:
