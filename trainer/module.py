@@ -51,7 +51,7 @@ class AlignmentModule(L.LightningModule):
         policy: the model that is trained; there from `configure_model` on.
         step_metrics: the last optimizer step's metrics without their `train/` prefix, on every rank.
         skipped_steps: steps whose loss or gradient was not finite, and which therefore changed nothing.
-        requests: what this rank asks of all: `stop`, or `requeue`, each 0 or a signal's number. Signal handlers write it.
+        requests: what this rank asks of all: `stop` or `requeue`, each 0 or a signal's number. Handlers write it.
         agreed: the same as of the last optimizer step: not 0 where any rank had asked. Equal on every rank.
     """
 

@@ -1,7 +1,7 @@
 """Parameters that ZeRO-3 spreads over the ranks: loaded shard by shard, read whole, written whole.
 
-DeepSpeed 0.19 leaves a sharded parameter empty, with its whole shape in `ds_shape` and this rank's flat, padded share in
-`ds_tensor`. This room is where the policy's other files learn of that; where nothing is sharded it changes nothing.
+DeepSpeed 0.19 leaves a sharded parameter empty, with its whole shape in `ds_shape` and this rank's flat, padded share
+in `ds_tensor`. This room is where the policy's other files learn of that; where nothing is sharded it changes nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +112,11 @@ def drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def load_sharded(
-    folder: Path, settings: PretrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
+    folder: Path,
+    settings: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """The model of a folder with safetensors, every parameter sharded as it is made, then filled one at a time.
 
@@ -139,7 +143,11 @@ def load_sharded(
 
 
 def _load_by_transformers(
-    folder: Path, settings: PretrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
+    folder: Path,
+    settings: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -196,7 +204,9 @@ def _places(model: PreTrainedModel, folder: Path) -> dict[str, tuple[str, str]] 
 def _fill(name: str, parameter: Any, saved: Any) -> None:
     shape = tuple(saved.get_shape())
     if shape != tuple(parameter.ds_shape):
-        raise ValueError(f"{name} has shape {list(shape)} in the file, the model's has {list(parameter.ds_shape)}")
+        raise ValueError(
+            f"{name} has shape {list(shape)} in the file, the model's has {list(parameter.ds_shape)}"
+        )
     if not shape or getattr(parameter, "ds_secondary_tensor", None) is not None:
         write_whole(parameter, saved[...].to(parameter.dtype))
         return

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from trainer.policy.adapters import POLICY, narrowed, whole, whole_sizes
 from trainer.policy.sharded import read_whole, write_whole
 from trainer.schema import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
@@ -60,9 +60,7 @@ def load_trained_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     fill(model, tensors, {n for n, p in model.named_parameters() if p.requires_grad}, "the checkpoint")
 
 
-def load_adapter_state(
-    model: PeftModel, tensors: Mapping[str, Tensor], adapter: str, origin: str
-) -> None:
+def load_adapter_state(model: PeftModel, tensors: Mapping[str, Tensor], adapter: str, origin: str) -> None:
     """Fill the named adapter from tensors under PEFT's file names; `origin` names the file in messages."""
     names = {
         file_name(name, adapter): name for name, _ in model.named_parameters() if _belongs(name, adapter)
