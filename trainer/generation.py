@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trainer.policy.sharded import is_sharded
 from trainer.provenance import sha256_text
 from trainer.schema import UserError
 
@@ -223,7 +224,12 @@ def _answer_batch(
     )
     with torch.no_grad():
         output = model.generate(  # type: ignore[operator]
-            inputs=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+            inputs=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=processors,
+            # Ranks that share weights go on together until the last of them has its answers.
+            synced_gpus=any(map(is_sharded, model.parameters())),
         )
     return output[:, width:]
 

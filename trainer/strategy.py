@@ -8,6 +8,7 @@ DeepSpeed itself is imported when the strategy is built.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 from collections.abc import Generator, Mapping
@@ -22,6 +23,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.optimization import Adafactor
 from typing_extensions import override
 
 from trainer.policy.sharded import is_sharded, sharding, share_of
@@ -113,6 +115,8 @@ class Zero3(DeepSpeedStrategy):
         if self.on_cpu:
             self._process_group_backend = "gloo"
         self._init_deepspeed_distributed()
+        # Lightning does this for its other strategies; an open gloo group can abort an interpreter that leaves.
+        atexit.register(_leave_group)
 
     @property
     def on_cpu(self) -> bool:
@@ -123,6 +127,10 @@ class Zero3(DeepSpeedStrategy):
         # A private method of Lightning 2.6.6, whose own passes the CUDA device's index: None on the CPU.
         import deepspeed
 
+        if isinstance(optimizer, Adafactor):
+            raise UserError(
+                "optimizer.name: adafactor needs whole tensors, and ZeRO-3 has flat shares; use adamw or rmsprop"
+            )
         engine, sharded_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
             config=self.config,
@@ -138,8 +146,8 @@ class Zero3(DeepSpeedStrategy):
         precision = self.precision_plugin.precision
         if precision != "32-true":
             raise UserError(
-                f"trainer.precision: {precision} is not possible with zero3; use 32-true, and policy.dtype: bfloat16 for"
-                " the base's weights"
+                f"trainer.precision: {precision} is not possible with zero3; use 32-true, and policy.dtype: bfloat16"
+                " for the base's weights"
             )
 
     # One dtype policy: what is trained is float32, the base's weights are what policy.dtype says
@@ -172,6 +180,7 @@ class Zero3(DeepSpeedStrategy):
             if not is_sharded(tensor):
                 tensor.data = tensor.data.to(self.root_device)
         super().setup(trainer)
+        _gather_with_owner(self.lightning_module)
 
     # Checkpoints: the same as of every strategy. DeepSpeed's own are pickles in shards, and are not used.
 
@@ -251,6 +260,26 @@ class FullPrecision(DeepSpeedPrecision):
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning 2.6 has divided the loss by the accumulated micro-batches, and DeepSpeed would once more.
         model.trainer.model.backward(tensor, scale_wrt_gas=False)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _gather_with_owner(model: nn.Module) -> None:
+    """Have parameters that stand in a ParameterDict (IA³ scales) gathered whenever the layer that holds it runs.
+
+    DeepSpeed 0.19 gathers what stands in a module whose `forward` runs, which a ParameterDict's never does. By itself
+    it finds such parameters inside the engine's own forward only, not when a model generates.
+    """
+    from deepspeed import zero
+
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ParameterDict | nn.ParameterList):
+                for parameter in child.parameters():
+                    zero.register_external_parameter(module, parameter)
 
 
 def _flat(sharded: Any) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+
+from callbacks.sample_generation import SampleGeneration
+from trainer.generation import Sampling
+from trainer.policy.logprobs import pair_logps
+from trainer.policy.sharded import read_whole, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,12 +28,17 @@ def run_on_ranks(
     """Make each of the named runs on `ranks` gloo ranks; returns what rank zero saw of each (`seen`)."""
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"runs": runs, "folder": str(folder), "ranks": ranks}))
+    on_ranks("tests.distributed.ranks", plan, ranks, seconds)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
+
+
+def on_ranks(module: str, plan: Path, ranks: int, seconds: int = 280) -> None:
+    """Start `python -m module plan` on so many gloo ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, "-m", "tests.distributed.ranks", str(plan)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*torchrun, "-m", module, str(plan)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-6000:]
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -38,8 +51,6 @@ def main(plan: dict[str, Any]) -> None:
 
 def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] | None:
     """Make one run; on rank zero, what was seen of it."""
-    import lightning as L
-
     from tests.module.records import fit
     from trainer.checkpoint import PortableCheckpointIO
     from trainer.strategy import Zero3
@@ -50,8 +61,17 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
         strategy = Zero3(**{"param_persistence_threshold": 0, "timeout": 60, **settings.get("zero3", {})})
     L.seed_everything(7, verbose=False)
     module, data = parts(settings)
-    shares = Shares()
-    saver = [SaveAt(folder, settings["save"])] if "save" in settings else []
+    if "nan" in settings:
+        poison(module, **settings["nan"])
+    shares, errors = Shares(), Errors()
+    watchers = [SaveAt(folder, settings["save"])] if "save" in settings else []
+    if "scale" in settings:
+        watchers.append(MovedScale(settings["scale"]))
+    if "prompts" in settings:
+        samples = SampleGeneration(
+            settings["prompts"], sampling=Sampling(max_new_tokens=8), every_n_steps=100
+        )
+        watchers.append(samples)
     history = fit(
         module,
         data,
@@ -63,9 +83,10 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
         strategy=strategy,
         accumulate_grad_batches=settings.get("accumulate", 1),
         gradient_clip_val=settings.get("clip"),
-        callbacks=[shares, *saver],
+        callbacks=[shares, *watchers],
         plugins=[PortableCheckpointIO()],
     )
+    said = errors.of_all_ranks()
     if not module.trainer.is_global_zero:
         return None
     validation = {k: float(v) for k, v in module.trainer.callback_metrics.items() if k.startswith("val/")}
@@ -77,7 +98,80 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
         "trained": history.trained,
         "shares": shares.seen,
         "skipped": module.skipped_steps,
+        "errors": said,
+        "seen": {type(watcher).__name__: getattr(watcher, "seen", None) for watcher in watchers},
+        "samples": samples_of(folder) if "prompts" in settings else [],
     }
+
+
+def samples_of(folder: Path) -> list[str]:
+    """The policy's and the reference's answers, and the file gone."""
+    path = folder / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    return [line[who] for line in lines for who in ("policy", "reference")]
+
+
+def poison(module: Any, step: int, rank: int, where: str) -> None:
+    """Make one rank's loss, or its gradient alone, not finite in one optimizer step."""
+    losses = module.losses
+
+    def poisoned(batch: Any) -> Any:
+        loss, sums = losses(batch)
+        trainer = module.trainer
+        if trainer.training and trainer.global_step == step and trainer.global_rank == rank:
+            if where == "loss":
+                return loss * math.nan, {
+                    name: (total * math.nan, count) for name, (total, count) in sums.items()
+                }
+            # The root's value at 0 is 0, its derivative infinite, and that of what stands in it 0.
+            loss = loss + (0 * loss).sqrt()
+        return loss, sums
+
+    module.losses = poisoned
+
+
+class Errors(logging.Handler):
+    """What was logged as an error on this rank, and then on all."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+        logging.getLogger("trainer.module").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def of_all_ranks(self) -> list[str]:
+        logging.getLogger("trainer.module").removeHandler(self)
+        if not torch.distributed.is_initialized():
+            return self.lines
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, self.lines)
+        return [line for lines in gathered for line in lines]
+
+
+class MovedScale(L.Callback):
+    """Moves one trained scale and looks at the log-probs before and after, as training starts."""
+
+    def __init__(self, by: float) -> None:
+        self.by, self.seen = by, {}
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        batch = next(iter(trainer.train_dataloader))
+        moved = []
+        with torch.no_grad():
+            before = pair_logps(pl_module.policy, batch)
+            for name, parameter in pl_module.policy.named_parameters():
+                if parameter.requires_grad and "down_proj" not in name:
+                    whole = read_whole(parameter)
+                    changed = whole.clone()
+                    changed.view(-1)[0] += self.by
+                    write_whole(parameter, changed)
+                    moved.append(not torch.equal(pair_logps(pl_module.policy, batch).chosen, before.chosen))
+                    write_whole(parameter, whole)
+        frozen = {str(p.dtype) for p in pl_module.parameters() if not p.requires_grad}
+        self.seen = {"moved": moved, "frozen": sorted(frozen)}
 
 
 class SaveAt(L.Callback):

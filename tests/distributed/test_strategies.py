@@ -51,6 +51,13 @@ CASES = {
     "sft": {"task": "sft", "optimizer": RMSPROP, "clip": 1.0, "accumulate": 2},
 }
 EPOCHS = 7  # of 3 steps
+VARIED = "dpo-sharded-sgd"
+VARIANTS = {
+    "small-tensors-whole": {"param_persistence_threshold": 100_000},
+    "second-copy-in-the-node": {"hpz_partition_size": 2},
+    "optimizer-offloaded": {"offload": "optimizer"},
+    "parameters-offloaded": {"offload": "parameters"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +80,13 @@ def seen(tiny_llama, tmp_path_factory):
         for kind in ("ddp", "zero3")
         for name, case in cases.items()
     }
+    plans |= {
+        name: {**cases[VARIED], "strategy": "zero3", "zero3": zero3} for name, zero3 in VARIANTS.items()
+    }
     out = run_on_ranks(folder, 2, plans)
     two = {kind: {name: out[f"{kind}.{name}"] for name in cases} for kind in ("ddp", "zero3")}
-    return {"one": {name: made(case, 1, folder) for name, case in cases.items()}, **two}
+    variants = {name: out[name] for name in VARIANTS}
+    return {"one": {name: made(case, 1, folder) for name, case in cases.items()}, **two, "variants": variants}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
@@ -88,6 +99,14 @@ def test_ranks_equal_one_device(seen, name, strategy) -> None:
     assert two["validation"] == pytest.approx(one["validation"], abs=1e-5, rel=1e-5)
     for mine, theirs in zip(one["gradients"], two["gradients"], strict=True):
         _assert_close(mine, theirs)
+    _assert_close(one["trained"], two["trained"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_settings_of_zero3_change_no_number(seen, name) -> None:
+    one, two = seen["one"][VARIED], seen["variants"][name]
+    for mine, theirs in zip(one["steps"], two["steps"], strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-5, rel=1e-5)
     _assert_close(one["trained"], two["trained"])
 
 

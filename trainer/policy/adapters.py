@@ -98,9 +98,10 @@ class ScaledLinear(PeftIA3Linear):
 
     def vector(self, adapter: str) -> Tensor:
         """The adapter's scales for all of the layer's scaled features, shape (features,)."""
-        return whole(
-            self.ia3_l[adapter].flatten(), self.in_features if self.is_feedforward else self.out_features
-        )
+        scales = self.ia3_l[adapter].flatten()
+        # Ones in front would hide that a sharded vector was not gathered.
+        assert len(scales), "the scales are not on this rank"
+        return whole(scales, self.in_features if self.is_feedforward else self.out_features)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.ia3_l]

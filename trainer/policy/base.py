@@ -72,7 +72,7 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
         )
     settings = read_config(name, config)
     _without_dropout(settings)
-    attention = config.attention or ("eager" if settings.model_type == "gemma2" else None)
+    attention = _attention(config, settings)
     try:
         if sharded.active():
             folder = _local_folder(name, config.revision)
@@ -91,6 +91,25 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
         raise UserError(f"policy.base: '{name}' cannot be loaded ({first_line(error)})") from error
     _without_dropout(model)
     return model
+
+
+def empty_base(config: PolicyConfig, settings: PretrainedConfig) -> PreTrainedModel:
+    """What `load_base` gives for a model of these settings, on the meta device: shapes and no weights."""
+    _without_dropout(settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=_DTYPES[config.dtype],
+            attn_implementation=_attention(config, settings),
+            trust_remote_code=config.trust_remote_code,
+        )
+    _without_dropout(model)
+    return model
+
+
+def _attention(config: PolicyConfig, settings: PretrainedConfig) -> str | None:
+    # Gemma-2 caps its attention's logits, which sdpa cannot.
+    return config.attention or ("eager" if settings.model_type == "gemma2" else None)
 
 
 def _hub_settings(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -151,8 +151,13 @@ def _load_by_transformers(
 ) -> PreTrainedModel:
     from transformers.integrations import HfDeepSpeedConfig
 
+    config = _loading_config(dtype)
+    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        raise ValueError(
+            "its files have other names than its parameters: zero3.hpz_partition_size has to be 1 for it"
+        )
     # transformers 5.23 shards what it loads as long as this object lives.
-    alive = HfDeepSpeedConfig(_loading_config(dtype))
+    alive = HfDeepSpeedConfig(config)
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
@@ -169,9 +174,17 @@ def _load_by_transformers(
 @contextlib.contextmanager
 def _zero_init(dtype: torch.dtype) -> Iterator[None]:
     from deepspeed import zero
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-    with prevent_arange_dtype_change(), zero.Init(config_dict_or_path=_loading_config(dtype)):
+    config = _loading_config(dtype)
+    # DeepSpeed 0.19 makes the groups of secondary partitions for the first model and refuses to for the second.
+    made = groups._get_zero_param_intra_parallel_group()
+    again = made if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1 else None
+    with (
+        prevent_arange_dtype_change(),
+        zero.Init(config_dict_or_path=config, zero_param_parallel_group=again),
+    ):
         yield
 
 
