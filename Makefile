@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean install
+.PHONY: demo test test-all soak lint clean install
 
 install: .venv/installed
 
@@ -23,6 +23,11 @@ test: lint
 # What `make test` leaves out for time, too.
 test-all: lint
 	$(BIN)/python -m pytest
+
+# SIGTERM and SIGUSR1 at random moments to two ranks, SOAK times each; goes on where it was interrupted.
+SOAK ?= 100
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak --count $(SOAK) --folder runs/soak
 
 lint: install
 	$(BIN)/ruff check .

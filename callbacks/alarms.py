@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
 from callbacks.logging import log_metrics
 from callbacks.monitor import StepEnds, Window, current
 from callbacks.sample_generation import SampleGeneration
@@ -112,10 +114,13 @@ class Alarms(Callback):
         ids = ", ".join(map(str, getattr(batch, "ids", ())))
         message = f"loss or gradient was not finite, the step changed nothing (last micro-batch: {ids})"
         self._set(trainer, "not_finite", self.in_a_row > 0, message)
+        # Counted by what all ranks reduced together: they end together.
         if self.in_a_row >= self.max_not_finite:
+            saved = _save(trainer)
             raise UserError(
                 f"step {trainer.global_step}: loss or gradient was not finite in {self.in_a_row} steps in a"
                 " row; nothing of them reached the weights; lower optimizer.lr or look at their data"
+                + (f"; the weights from before them are saved as {saved}" if saved else "")
             )
 
     def _watch_chosen(self, trainer: L.Trainer, name: str, value: float) -> None:
@@ -169,3 +174,11 @@ class Alarms(Callback):
         self.raised = {name: _Raised(**raised) for name, raised in state_dict["raised"].items()}
         self.first, self.in_a_row = dict(state_dict["first"]), state_dict["in_a_row"]
         self.window.load_state_dict(state_dict["window"])
+
+
+def _save(trainer: L.Trainer) -> Path | None:
+    """Keep the weights from before the steps that were not finite, if the run has a place for checkpoints."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ImprovedLossCheckpoint):
+            return callback.save_now(trainer)
+    return None

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError
 from typing_extensions import override
 
+from callbacks.guard import check_guard
 from callbacks.monitor import (
     Mode,
     StepEnds,
@@ -137,7 +138,7 @@ class ImprovedLossCheckpoint(Checkpoint):
             value = self.window.mean()
             improved = self._improved(trainer, value)
             self.window.reset()
-        if _validates_now(trainer):
+        if validates_now(trainer):
             self._after_validation = improved, value
         else:
             self._save_if_wanted(trainer, improved, value)
@@ -164,14 +165,23 @@ class ImprovedLossCheckpoint(Checkpoint):
             _load_weights(trainer, pl_module, self.best_model_path)
             rank_zero_info(f"ImprovedLossCheckpoint: the weights of {self.best_model_path} are back")
 
+    def save_now(self, trainer: L.Trainer) -> Path | None:
+        """Save this step as `last`, whatever `save_last` says; nothing new if it is saved already.
+
+        Call it on every rank, at the end of an optimizer step. Returns the checkpoint, None in a dry run.
+        """
+        self._save_if_wanted(trainer, False, float("nan"), always=True)
+        return self._root / self.saved[-1] if self.saved else None
+
     def _improved(self, trainer: L.Trainer, value: float) -> bool:
         # Rank zero decides for all, so that a last digit that differs between ranks cannot part them.
         return trainer.strategy.broadcast(better(value, self.best, self.mode))
 
-    def _save_if_wanted(self, trainer: L.Trainer, improved: bool, value: float) -> None:
+    def _save_if_wanted(self, trainer: L.Trainer, improved: bool, value: float, always: bool = False) -> None:
         name = f"step-{trainer.global_step:08d}"
         already = bool(self.saved) and self.saved[-1] == name
-        if is_dry_run(trainer) or not (improved or self.save_last) or (already and not improved):
+        wanted = improved or ((self.save_last or always) and not already)
+        if is_dry_run(trainer) or not wanted:
             return
         before = self.state_dict()
         if improved:
@@ -197,6 +207,7 @@ class ImprovedLossCheckpoint(Checkpoint):
     def _point_and_prune(self, trainer: L.Trainer, name: str, improved: bool) -> None:
         if not trainer.is_global_zero:
             return
+        check_guard(trainer)
         point(self._root / "last", self._root / name)
         if improved:
             point(self._root / "best", self._root / name)
@@ -230,7 +241,8 @@ class ImprovedLossCheckpoint(Checkpoint):
         self.window.load_state_dict(state_dict["window"])
 
 
-def _validates_now(trainer: L.Trainer) -> bool:
+def validates_now(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the batch that has just ended."""
     # Lightning 2.6.6 has no public word for "a validation follows this batch". A resume from a checkpoint
     # that was saved before that validation would skip it, and its metrics with it.
     loop = trainer.fit_loop

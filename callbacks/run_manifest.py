@@ -11,15 +11,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from callbacks.guard import check_guard
 from trainer.provenance import code_version, git_revision, read_json, versions, write_json
 from trainer.schema import UserError
 
 NAME = "manifest.json"
-_INTERRUPTS = (KeyboardInterrupt, SIGTERMException, SystemExit)
+_INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 class RunManifest(Callback):
@@ -94,6 +94,16 @@ class RunManifest(Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end(trainer, "finished")
+        if not self._trained and trainer.is_global_zero:
+            self._finish_before(trainer)
+
+    def _finish_before(self, trainer: L.Trainer) -> None:
+        """Nothing was left to train: what cut the attempt before this one off came after its last step."""
+        before = read_json(self._path)
+        if before.get("status") != "finished":
+            check_guard(trainer)
+            now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "ended": _now()}
+            write_json(self._path, before | now | {"status": "finished", "error": None})
 
     @override
     def on_exception(
@@ -104,9 +114,10 @@ class RunManifest(Callback):
         status = "interrupted" if isinstance(exception, _INTERRUPTS) else "failed"
         try:
             self._end(trainer, status, f"{type(exception).__name__}: {exception}".strip(": "))
-        except OSError as error:
+        except (OSError, UserError) as error:
             # The exception that is on its way says more than that its manifest could not be written either.
-            rank_zero_warn(f"{self._path}: could not be written: {error.strerror or error}")
+            reason = getattr(error, "strerror", None) or error
+            rank_zero_warn(f"{self._path}: could not be written: {reason}")
 
     def _end(self, trainer: L.Trainer, status: str, error: str | None = None) -> None:
         line = error.splitlines()[0] if error else None
@@ -123,6 +134,7 @@ class RunManifest(Callback):
             "seconds_total": round(self.seconds_before + seconds, 3),
         }
         if trainer.is_global_zero and (self._trained or not self._path.exists()):
+            check_guard(trainer)
             write_json(self._path, self.content)
 
     def _attempts(self) -> list[dict[str, Any]]:

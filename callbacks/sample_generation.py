@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from callbacks.guard import check_guard
 from callbacks.logging import log_metrics, log_text
 from callbacks.monitor import StepEnds, is_dry_run
 from trainer.data.homoglyphs import mark
@@ -161,6 +162,7 @@ class SampleGeneration(Callback):
                 record |= _described("reference", prompt, self._reference[index])
             records.append(record)
             log_text(trainer, f"samples/{index + 1}", _markdown(record))
+        check_guard(trainer)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

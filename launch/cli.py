@@ -9,6 +9,7 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,6 +26,9 @@ COMMANDS = {
     "run": Command("launch.recipe:main", "run the stages of a recipe that are not done yet"),
     "fit": Command("launch.fit:fit", "train a policy: SFT or preference optimization, from YAML configs"),
     "validate": Command("launch.fit:validate", "compute the validation metrics of a config or a checkpoint"),
+    "plan": Command(
+        "launch.commands.plan:main", "what a config needs on a cluster, before anything is allocated"
+    ),
     "generate": Command("launch.commands.generate:main", "answer a prompt, or chat"),
     "evaluate": Command("launch.commands.evaluate:main", "score a model: `evaluate letters`"),
     "report": Command(
@@ -106,8 +110,14 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if "--offline" in arguments:
         # Read by huggingface_hub and datasets when they are imported, so before any command is.
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if name == "fit":
+        # Until fit's handlers are there, which takes the libraries' imports, these signals wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     module, function = COMMANDS[name].target.split(":")
-    return getattr(importlib.import_module(module), function)(arguments)
+    try:
+        return getattr(importlib.import_module(module), function)(arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 
 def explain(error: BaseException) -> str | None:

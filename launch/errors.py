@@ -77,7 +77,7 @@ def describe(error: BaseException, files: Sequence[str] = ()) -> str:
         problem = "; ".join(dict.fromkeys(_leaves(lines))) or lines[0]
     path = [part for part in path if part and part != "init_args"]
     place = (
-        next((f"{file}: " for file in reversed(files) if _holds(check_yaml(file), path)), "") if path else ""
+        next((f"{file}: " for file in reversed(files) if holds(check_yaml(file), path)), "") if path else ""
     )
     return f"{place}{'.'.join(path)}{': ' if path else ''}{problem}"
 
@@ -159,7 +159,7 @@ def _annotated(owner: Any, parameter: str) -> Any:
     return next((option for option in options if inspect.isclass(option) and option is not type(None)), None)
 
 
-def _holds(tree: Any, path: Sequence[str]) -> bool:
+def holds(tree: Any, path: Sequence[str]) -> bool:
     """Whether a YAML tree has this key, `init_args` levels aside."""
     for part in path:
         while isinstance(tree, dict) and part not in tree and "init_args" in tree:

@@ -11,34 +11,39 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from callbacks.alarms import Alarms
 from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
+from callbacks.preemption import Preemption
 from callbacks.run_manifest import RunManifest
 from callbacks.sample_generation import SampleGeneration
 from callbacks.throughput import Throughput
+from launch.children import Children, own_children
+from launch.ending import run_to_its_end
 from launch.errors import check_yaml, config_files, describe, user_error_in
+from launch.identity import flat, refuse_another_run
+from launch.kept import Announce, KeepConfig, resolved
+from launch.launchers import follow_parent, settle, strategy_of
+from launch.lease import Lease
 from launch.progress import StepProgress
 from launch.quiet import quiet
-from launch.runs import CONFIG, Replaced, Start, default_folder, open_run
+from launch.runs import CONFIG, Replaced, Start, default_folder, open_run, refuse_file
+from launch.signals import Signals, replace_handlers
 from launch.sources import build
 from trainer.checkpoint import PortableCheckpointIO, resolve
-from trainer.policy.load import count_parameters
 from trainer.schema import UserError
 
 CALLBACKS: dict[str, type[L.Callback]] = {
@@ -47,6 +52,7 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "throughput": Throughput,
     "alarms": Alarms,
     "manifest": RunManifest,
+    "preemption": Preemption,
 }
 """The callbacks that every run has, by the name of their settings; `trainer.callbacks+:` adds others."""
 
@@ -57,7 +63,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,
 }
-_PLACES = {"config", "run", "resume", "overwrite", "trainer.default_root_dir"}
 Command = Literal["fit", "validate", "inspect"]
 
 
@@ -71,28 +76,34 @@ class TandemCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], command: Command) -> None:
         self.command: Command = command
-        self.files = config_files(arguments)
+        self.words, self.files = list(arguments), config_files(arguments)
         self.start: Start | None = None
+        self.lease: Lease | None = None
+        self.children: Children | None = None
         for file in self.files:
             check_yaml(file)
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_kwargs={
-                "exit_on_error": False,
-                "allow_abbrev": False,
-                "prog": f"tandem {command}",
-                "usage": f"tandem {command} --config FILE [--config FILE ...] [--run DIR] [--SETTING VALUE]",
-                "description": _DESCRIPTIONS[command],
-            },
-            args=with_nulls(arguments),
-            run=False,
-            auto_configure_optimizers=False,
-        )
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                parser_kwargs={
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                    "prog": f"tandem {command}",
+                    "usage": f"tandem {command} --config FILE [--config FILE ...] [--run DIR] [--SETTING VALUE]",
+                    "description": _DESCRIPTIONS[command],
+                },
+                args=with_nulls(arguments),
+                run=False,
+                auto_configure_optimizers=False,
+            )
+        except BaseException:
+            self.release()
+            raise
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -118,6 +129,12 @@ class TandemCLI(LightningCLI):
             "--threads",
             type=PositiveInt | None,
             help="CPU threads of each process. Tiny models are fastest with 1, above all on a busy machine.",
+        )
+        parser.add_argument(
+            "--rank_timeout",
+            type=PositiveFloat,
+            default=600.0,
+            help="Seconds that ranks wait for one another; then the run fails.",
         )
         if self.command == "validate":
             parser.add_argument(
@@ -148,11 +165,27 @@ class TandemCLI(LightningCLI):
             _refuse_network(self.config)
         if self.command == "inspect":
             return
+        settle(self.config, self.words)
+        follow_parent()
         folder = self._folder()
         self.config.run = self.config.trainer.default_root_dir = str(folder)
         if self.command == "fit":
-            self.start = open_run(folder, self.config.resume, self.config.overwrite, first=_first_rank())
-            self._refuse_start_in(self.start.replaced)
+            self._open(folder, first=_first_rank())
+
+    def _open(self, folder: Path, first: bool) -> None:
+        """Claim the run's folder, and find where the run starts."""
+        refuse_file(folder)
+        if first:
+            self.lease = Lease(folder)
+        self.start = open_run(folder, self.config.resume, self.config.overwrite, first)
+        self._refuse_start_in(self.start.replaced)
+        if first and self.config.resume == "auto" and self.start.checkpoint and (folder / CONFIG).is_file():
+            refuse_another_run(folder, check_yaml(folder / CONFIG), resolved(self.parser, self.config))
+
+    def release(self) -> None:
+        """Let go of the run's folder."""
+        if self.lease is not None:
+            self.lease.release()
 
     def _folder(self) -> Path:
         named, root = self.config.run, self.config.trainer.default_root_dir
@@ -162,7 +195,7 @@ class TandemCLI(LightningCLI):
 
     def _refuse_start_in(self, replaced: Replaced) -> None:
         """A run cannot start from what it replaces."""
-        for key, value in _flat(self.config.model.as_dict()):
+        for key, value in flat(self.config.model.as_dict()):
             if isinstance(value, str) and replaced.holds(Path(value)):
                 name = ".".join(part for part in key.split(".") if part != "init_args")
                 raise UserError(
@@ -181,6 +214,7 @@ class TandemCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = {**self.config_init.trainer.as_dict(), **kwargs}
+        settings["strategy"] = strategy_of(settings["strategy"], self.config_init.rank_timeout)
         callbacks = _as_list(settings.pop("callbacks"))
         if self.start is not None:
             # In this order, so that samples and manifest see the run before an extra callback changes it.
@@ -189,14 +223,20 @@ class TandemCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             callbacks.append(StepProgress())
-        plugins = [*_as_list(settings.pop("plugins")), PortableCheckpointIO()]
+        plugins = [
+            *_as_list(settings.pop("plugins")),
+            PortableCheckpointIO(self.lease.check if self.lease else None),
+        ]
         if self.command == "validate":
             settings["logger"] = False
         elif settings["logger"] in (None, True):
             settings["logger"] = TensorBoardLogger(
                 settings["default_root_dir"], name="", version="", default_hp_metric=False
             )
-        return L.Trainer(**settings, callbacks=callbacks, plugins=plugins)
+        trainer = L.Trainer(**settings, callbacks=callbacks, plugins=plugins)
+        replace_handlers(trainer)
+        self.children = own_children(trainer)
+        return trainer
 
     def _own_callbacks(self, dry: bool, start: Start) -> list[L.Callback]:
         """The callbacks of every run; a dry one (fast_dev_run) leaves config and manifest as they are."""
@@ -246,85 +286,6 @@ def _parted(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--model.") and word.endswith("=null") else [word]
 
 
-class KeepConfig(L.Callback):
-    """Writes the resolved config beside a new run; on a resume keeps what is there and names what differs.
-
-    Model and data are there by then: only now does the run that is replaced make room, and only with the
-    first batch, when every callback has found its settings possible, is it gone.
-    """
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, start: Start) -> None:
-        self.parser, self.config, self.start = parser, config, start
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Right after this hook Lightning has the loggers write down what they know.
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.log_hyperparams(
-                {key: value for key, value in self._settings().items() if key not in _PLACES}
-            )
-
-    def _settings(self) -> dict[str, Any]:
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self.start.replaced.put_aside()
-        path = Path(trainer.default_root_dir) / CONFIG
-        if self.start.checkpoint and path.is_file():
-            changes = differences(check_yaml(path), self._settings())
-            for key, (before, after) in sorted(changes.items()):
-                print(f"resuming with {key}: {after} (was {before})", file=sys.stderr)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.is_global_zero:
-            self.start.replaced.drop()
-
-
-def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two configs, places (run, resume, ...) aside."""
-    old, new = dict(_flat(before)), dict(_flat(after))
-    keys = sorted({*old, *new} - _PLACES)
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, dict) and value:
-            yield from _flat(value, name)
-        else:
-            yield name, value
-
-
-class Announce(L.Callback):
-    """Says on stderr what is trained, where it goes, and where the best checkpoint lies."""
-
-    def __init__(self, checkpoint: str | None) -> None:
-        self.checkpoint = checkpoint
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        resumed = f", resumed from {self.checkpoint}" if self.checkpoint else ""
-        print(f"run: {trainer.default_root_dir}{resumed}", file=sys.stderr)
-        print(f"policy: {count_parameters(pl_module.policy)}", file=sys.stderr)  # type: ignore[arg-type]
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            best = Path(trainer.default_root_dir) / "checkpoints" / "best"
-            where = f", best checkpoint: {best}" if best.exists() else ""
-            print(f"finished at step {trainer.global_step}{where}", file=sys.stderr)
-
-
 def _as_list(given: Any) -> list[Any]:
     return [*given] if isinstance(given, list) else [given] if given else []
 
@@ -347,30 +308,22 @@ def _first_rank() -> bool:
 def fit(arguments: Sequence[str]) -> int:
     """`tandem fit`: train; returns the exit status."""
     quiet()
-    cli = TandemCLI(arguments, "fit")
-    assert cli.start is not None
-    replaced = cli.start.replaced
-    try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.start.checkpoint)
-    except SIGTERMException:
-        # Lightning would exit with 0, and a job that was cut short would read as completed.
-        print(f"tandem: terminated; {_left(replaced)}", file=sys.stderr)
-        return 128 + 15
-    except SystemExit as end:
-        # Lightning 2.6 turns Ctrl-C into exit status 1.
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt(_left(replaced)) from end
-        raise
-    finally:
-        replaced.put_back()
-    return 0
-
-
-def _left(replaced: Replaced) -> str:
-    """What an interrupted run leaves, in words."""
-    if replaced.gone:
-        return f"`--resume auto` goes on from {replaced.folder}"
-    return f"the run in {replaced.folder} is as it was"
+    with Signals() as signals:
+        cli = TandemCLI(arguments, "fit")
+        assert cli.start is not None
+        checkpoint = cli.start.checkpoint
+        requests: dict[str, int] = getattr(cli.model, "requests", {})
+        signals.write_to(requests)
+        callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+        preemption = next(each for each in callbacks if isinstance(each, Preemption))
+        signals.gently = lambda: preemption.training
+        return run_to_its_end(
+            lambda: cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint),
+            cli.trainer,
+            cli.start.replaced,
+            cli.children,
+            cli.release,
+        )
 
 
 def validate(arguments: Sequence[str]) -> int:

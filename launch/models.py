@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
+from launch.launchers import launched
 from launch.quiet import quiet
 from trainer.data.homoglyphs import INSTRUCTION
 from trainer.policy.folders import read_manifest, resolve
@@ -43,7 +46,8 @@ def _load(given: Namespace) -> Answering:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     config = _policy_config(given)
-    model = load_frozen(config)
+    fabric = join_ranks(given.device)
+    model = _sharded(config, fabric) if given.sharded else load_frozen(config)
     tokenizer = load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
     manifest = (
         read_manifest(resolve(given.adapter)) if given.adapter and resolve(given.adapter).is_dir() else None
@@ -55,12 +59,50 @@ def _load(given: Namespace) -> Answering:
         "dtype": config.dtype,
         "fingerprint": fingerprint(config),
     }
-    print(f"model: {config.base}{f' with {config.start}' if config.start else ''}", file=sys.stderr)
+    if is_first():
+        print(f"model: {config.base}{f' with {config.start}' if config.start else ''}", file=sys.stderr)
     template = manifest.get("prompt_template")
     if given.adapter is None and Path(config.base).resolve() == TINY:
         template = INSTRUCTION
-    model.to(_device(given.device))  # type: ignore[arg-type]
+    if not given.sharded:
+        model.to(fabric.device if fabric else _device(given.device))  # type: ignore[arg-type]
     return Answering(model, tokenizer, template, description)
+
+
+def join_ranks(device: str | None) -> Fabric | None:
+    """Join the other processes that a launcher (torchrun, srun) has started; None where this is the only one.
+
+    Raises `UserError` for a device, where each process has its own.
+    """
+    said = launched(os.environ)
+    devices, nodes = (said[key].value if key in said else 1 for key in ("devices", "num_nodes"))
+    if devices * nodes == 1:
+        return None
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"--device {device}: each of {devices * nodes} processes has its own; give cpu or cuda"
+        )
+    kind = _device(device).type
+    fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp")
+    fabric.launch()
+    return fabric
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _sharded(config: PolicyConfig, fabric: Fabric | None) -> Any:
+    if fabric is None:
+        raise UserError("--sharded: there is one process only; start several, with torchrun or srun")
+    from trainer.policy.sharded import sharding
+    from trainer.strategy import Zero3, answering
+
+    shards = Zero3().config
+    assert isinstance(shards, dict)
+    with sharding(shards):
+        return answering(load_frozen(config), shards)
 
 
 def _policy_config(given: Namespace) -> PolicyConfig:

@@ -13,8 +13,14 @@ _TALKERS = (
 _WARNINGS = (
     ".*does not have many workers.*",
     ".*in eval mode at the start of training.*",
-    # transformers 5.23 warns of its own attribute when PEFT reads it.
-    ".*is_gradient_checkpointing.*deprecated.*",
+    # transformers 5.23 renames it, and warns when PEFT reads the old name; 5.17 knows only that.
+    ".*gradient_checkpointing.*deprecated.*",
+    # Metrics are reduced over ranks by the module, as sums and counts, before they are logged.
+    ".*It is recommended to use `self.log.*sync_dist=True.*",
+    # A login node has `srun`, and may well train without it.
+    ".*`srun` command is available on your system but is not used.*",
+    # deepspeed 0.19 uses what torch 2.13 calls old.
+    "`torch.distributed.(reduce_scatter|all_gather).*` is deprecated.*",
     # lightning 2.6 uses what torch 2.13 calls old.
     "`isinstance.treespec, LeafSpec.` is deprecated.*",
 )

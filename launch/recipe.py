@@ -183,7 +183,7 @@ def _run(step: Step, force: bool, offline: bool) -> tuple[int, float]:
     done = exit_status == 0 and not absent_outputs
     record(
         step,
-        "finished" if done else "interrupted" if exit_status in (130, 143) else "failed",
+        "finished" if done else "interrupted" if exit_status in (130, 138, 143) else "failed",
         hashes,
         replaces,
         seconds,
@@ -211,14 +211,15 @@ def manifest_hash(step: Step) -> str | None:
 
 
 def _process(command: list[str]) -> int:
-    """Run a command; Ctrl-C and SIGTERM reach it, and its exit status comes back (128 + n for signal n)."""
+    """Run a command; Ctrl-C, SIGTERM and SIGUSR1 reach it, and its exit status comes back (128 + n for signal n)."""
     process = subprocess.Popen(command)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    signal.signal(signal.SIGTERM, pass_on)
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         while True:
             try:
@@ -228,7 +229,8 @@ def _process(command: list[str]) -> int:
                 # The terminal sent it to the stage too: let it save and end by itself.
                 continue
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ending(

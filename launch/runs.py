@@ -101,6 +101,11 @@ def default_folder(files: Sequence[str]) -> Path:
     return Path("runs") / first.parent.name / first.stem
 
 
+def refuse_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--run {folder}: is a file, where a folder is needed")
+
+
 def open_run(folder: Path, resume: str | None, overwrite: bool, first: bool) -> Start:
     """Check that a run may use `folder`, and find what it replaces or resumes from.
 
@@ -112,8 +117,7 @@ def open_run(folder: Path, resume: str | None, overwrite: bool, first: bool) -> 
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--run {folder}: is a file, where a folder is needed")
+    refuse_file(folder)
     if first and folder.is_dir():
         recover(folder)
     if resume == "auto":

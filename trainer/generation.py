@@ -110,9 +110,9 @@ def generate(
     that comes again gets another sample. The model's `generation_config` gives only its stop tokens:
     repetition penalties and sampling defaults that a hub model ships are left out, so that the answers are
     the model's own distribution. Near the model's last position an answer is shorter than `max_new_tokens`.
-    Under a sharded strategy every rank must call this with equally many batches; the same prompts on each
-    rank are the simple way. Raises `UserError` for an empty prompt and for one that leaves no position for an
-    answer.
+    Where a process group is up, every rank must call this with the same prompts: the batches are dealt out among
+    the ranks, and every rank returns all answers. Raises `UserError` for an empty prompt and for one that leaves no
+    position for an answer.
     """
     if keys is not None and len(keys) != len(prompts):
         raise UserError(f"generate: {len(keys)} keys for {len(prompts)} prompts; give one for each, or none")
@@ -123,9 +123,11 @@ def generate(
     noise_keys = _noise_keys(prompts, keys, sampling.seed)
     stops = stop_ids(inner, tokenizer)
     answers: dict[int, Generation] = {}
-    bar = tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress)
+    batches = _dealt(list(_batches(prompts, rooms, batch_size)), even=_is_sharded(inner))
+    own = sum(len(batch) for batch, _ in batches)
+    bar = tqdm(total=own, desc="generating", unit="prompt", disable=not progress)
     with _as_it_stands(inner), bar:
-        for batch, room in _batches(prompts, rooms, batch_size):
+        for batch, room in batches:
             processors = _processors(sampling, [noise_keys[index] for index in batch])
             rows = [prompts[index] for index in batch]
             new = _answer_batch(inner, rows, stops, _pad_id(tokenizer, stops), room, processors)
@@ -133,6 +135,7 @@ def generate(
                 index: _trim(ids, stops, tokenizer) for index, ids in zip(batch, new.tolist(), strict=True)
             }
             bar.update(len(batch))
+    answers = _of_all_ranks(answers)
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -193,6 +196,32 @@ def _batches(
             yield group[start : start + batch_size], room
 
 
+def _dealt(batches: list[tuple[list[int], int]], even: bool) -> list[tuple[list[int], int]]:
+    """This rank's batches; `even`: as many as any rank's, some of them a second time, since all have to go along."""
+    if not _in_group():
+        return batches
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    own = batches[rank::ranks]
+    missing = -(-len(batches) // ranks) - len(own)
+    return own + batches[:1] * missing if even else own
+
+
+def _of_all_ranks(answers: dict[int, Generation]) -> dict[int, Generation]:
+    if not _in_group():
+        return answers
+    gathered: list[dict[int, Generation]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, answers)
+    return {index: answer for part in gathered for index, answer in part.items()}
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    return any(map(is_sharded, model.parameters()))
+
+
 def _processors(sampling: Sampling, noise_keys: list[str]) -> LogitsProcessorList:
     if not sampling.do_sample:
         return LogitsProcessorList()
@@ -229,7 +258,7 @@ def _answer_batch(
             generation_config=config,
             logits_processor=processors,
             # Ranks that share weights go on together until the last of them has its answers.
-            synced_gpus=any(map(is_sharded, model.parameters())),
+            synced_gpus=_is_sharded(model),
         )
     return output[:, width:]
 

@@ -78,6 +78,8 @@ class Zero3(DeepSpeedStrategy):
             "stage": 3,
             "stage3_param_persistence_threshold": param_persistence_threshold,
             "contiguous_gradients": True,
+            # DeepSpeed's own 500 million elements would be 2 GB on each GPU, for gradients of a few MB.
+            "reduce_bucket_size": 20_000_000,
             "overlap_comm": True,
             "zero_hpz_partition_size": hpz_partition_size,
             **({"offload_optimizer": {"device": "cpu"}} if offload != "none" else {}),
@@ -106,6 +108,8 @@ class Zero3(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         # DeepSpeedStrategy's own refuses everything but CUDA here.
         self._check()
+        if self.on_cpu:
+            _compute_on_cpu()
         DDPStrategy.setup_environment(self)
 
     @override
@@ -260,6 +264,28 @@ class FullPrecision(DeepSpeedPrecision):
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning 2.6 has divided the loss by the accumulated micro-batches, and DeepSpeed would once more.
         model.trainer.model.backward(tensor, scale_wrt_gas=False)
+
+
+def _compute_on_cpu() -> None:
+    """Where there is a GPU that this run is not to use, DeepSpeed has chosen it already."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())
+
+
+def answering(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Have a model that was loaded sharded gather its weights as it computes, without any training.
+
+    Args:
+        config: the strategy's, under which the model was loaded.
+    """
+    import deepspeed
+
+    deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    _gather_with_owner(model)
+    return model
 
 
 def _leave_group() -> None:

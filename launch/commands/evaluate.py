@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def letters(given: Namespace) -> int:
     """Evaluate and write the result; rates go to stdout, one line each."""
-    from launch.models import answering
+    from launch.models import answering, is_first
     from trainer.data.homoglyphs import INSTRUCTION
     from trainer.evaluation.letters import evaluate_in_full, evaluate_letters
     from trainer.provenance import versions, write_json
@@ -100,12 +100,14 @@ def letters(given: Namespace) -> int:
         "batch_size": given.batch_size,
         "max_new_tokens": given.max_new_tokens,
         "overlong": given.overlong,
-        "progress": True,
+        "progress": is_first(),
     }
     if given.full:
         result = evaluate_in_full(ready.model, ready.tokenizer, texts, label=given.label, **settings)
     else:
         result = evaluate_letters(ready.model, ready.tokenizer, texts, **settings) | {"label": given.label}
+    if not is_first():
+        return 0
     result |= {"model": ready.description, "texts": files, "versions": versions()}
     write_json(given.output, result)
     for line in lines(result):

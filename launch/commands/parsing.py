@@ -44,6 +44,11 @@ def add_model(parser: ArgumentParser) -> None:
     group.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Of the base.")
     group.add_argument("--device", type=str | None, help="cpu, cuda, ... Default: cuda where there is one.")
     group.add_argument(
+        "--sharded",
+        action="store_true",
+        help="Spread the weights over the processes that torchrun or srun started, as ZeRO-3 does.",
+    )
+    group.add_argument(
         "--trust_remote_code", action="store_true", help="Run code that comes with a hub model."
     )
     group.add_argument("--threads", type=PositiveInt | None, help="CPU threads; 1 is best for tiny models.")

@@ -29,6 +29,8 @@ def main(plan: dict[str, Any]) -> None:
     }
     if torch.distributed.get_rank() == 0:
         Path(plan["out"]).write_text(json.dumps(seen))
+    # A rank that leaves while others still talk to it can abort.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

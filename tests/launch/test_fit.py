@@ -16,7 +16,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.cli import main
-from launch.fit import differences
+from launch.identity import differences
 from launch.runs import Replaced, default_folder, made
 from tests.launch.helpers import ROOT, fit_config
 from trainer.checkpoint import verify
@@ -293,13 +293,15 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(tmp_path, tiny_llama):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in told
-    assert [line for line in told.splitlines() if "interrupt" in line or "resume" in line] == [
-        f"tandem: interrupted; `--resume auto` goes on from {folder}"
+    reached = json.loads((folder / "manifest.json").read_text())["step"]
+    saved = (folder / "checkpoints" / "last").resolve()
+    assert [line for line in told.splitlines() if "stopped" in line or "resume" in line] == [
+        f"tandem: Ctrl-C: stopped at step {reached}; saved as {saved}, `--resume auto` goes on from there"
     ]
+    assert saved.name == f"step-{reached:08d}"
     verify(folder / "checkpoints" / "last")
     verify(folder / "checkpoints" / "best")
     assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
-    reached = json.loads((folder / "manifest.json").read_text())["step"]
     resumed = [*command[3:], "--resume", "auto", "--trainer.max_steps", str(reached + 3)]
     assert main(resumed) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -97,7 +98,20 @@ def _as_it_is(batch: Any) -> Any:
 
 def _loading(sampler: StepSampler) -> dict[str, Any]:
     # A generator of its own: a DataLoader that starts an epoch would draw from torch's, and a resumed run would differ.
-    return {"sampler": sampler, "batch_size": None, "collate_fn": _as_it_is, "generator": torch.Generator()}
+    return {
+        "sampler": sampler,
+        "batch_size": None,
+        "collate_fn": _as_it_is,
+        "generator": torch.Generator(),
+        "worker_init_fn": _leave_signals_to_training,
+    }
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    # SLURM and terminals signal every process. Training saves at its step's end, which may need more batches; then it
+    # ends its workers, and workers end by themselves when it is gone.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _AlignmentData(L.LightningDataModule):

@@ -1,0 +1,36 @@
+"""An evaluation on two ranks, with the model whole on each or spread over both, is the evaluation on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.commands.evaluate import letters, parser
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ["The cat saw your cosy coat", "Она сказала, что у неё всё хорошо", "o", "Only you", "сорок сорок"]
+
+
+@pytest.mark.parametrize("sharded", [[], ["--sharded"]])
+def test_two_ranks_answer_as_one(tmp_path, sharded) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    given = ["--texts", str(tmp_path / "texts.txt"), "--batch_size", "2", "--threads", "1"]
+    letters(parser().parse_args([*given, "--output", str(tmp_path / "one.json")]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "launch.cli", "evaluate", "letters", *given, *sharded]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "two.json")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("substituted:") == 1, "one rank speaks for both"
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["sentences"] == len(TEXTS)
+    assert one == two
