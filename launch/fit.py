@@ -31,6 +31,7 @@ from callbacks.preemption import Preemption
 from callbacks.run_manifest import RunManifest
 from callbacks.sample_generation import SampleGeneration
 from callbacks.throughput import Throughput
+from launch.building import build
 from launch.children import Children, own_children
 from launch.ending import run_to_its_end
 from launch.errors import check_yaml, config_files, describe, user_error_in
@@ -42,7 +43,6 @@ from launch.progress import StepProgress
 from launch.quiet import quiet
 from launch.runs import CONFIG, Replaced, Start, default_folder, open_run, refuse_file
 from launch.signals import Signals, replace_handlers
-from launch.sources import build
 from trainer.checkpoint import PortableCheckpointIO, resolve
 from trainer.schema import UserError
 

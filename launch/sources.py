@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from launch.errors import check_yaml, describe
+from launch.building import build
+from launch.errors import check_yaml
 from trainer.data.sources import TextSource
 from trainer.pairs.substitution import Letters
 from trainer.schema import UserError
@@ -48,14 +47,3 @@ def _source_of(config: str) -> Letters:
     if not isinstance(source, Letters):
         raise UserError(f"{config}: data.source is {type(source).__name__}; Letters is needed here")
     return source
-
-
-def build(kind: type, content: Any, path: str) -> Any:
-    """An object of a class path and its settings; a `UserError` names the file and what is wrong."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "made", required=True)
-    try:
-        settings = parser.parse_object({"made": content})
-    except ArgumentError as error:
-        raise UserError(f"{path}: {describe(error)}") from error
-    return parser.instantiate(settings).made

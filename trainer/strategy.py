@@ -23,6 +23,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from transformers.optimization import Adafactor
 from typing_extensions import override
 
@@ -183,6 +184,9 @@ class Zero3(DeepSpeedStrategy):
         for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
             if not is_sharded(tensor):
                 tensor.data = tensor.data.to(self.root_device)
+        for module in self.lightning_module.modules():
+            if isinstance(module, Metric):  # its sums are neither parameters nor buffers
+                module.to(self.root_device)
         super().setup(trainer)
         _gather_with_owner(self.lightning_module)
 

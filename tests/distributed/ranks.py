@@ -8,16 +8,20 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
+from callbacks.alarms import Alarms
+from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
 from callbacks.sample_generation import SampleGeneration
 from trainer.generation import Sampling
 from trainer.policy.logprobs import pair_logps
 from trainer.policy.sharded import read_whole, write_whole
+from trainer.schema import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,6 +76,21 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
             settings["prompts"], sampling=Sampling(max_new_tokens=8), every_n_steps=100
         )
         watchers.append(samples)
+    if "patience" in settings:
+        watchers += [Alarms(max_not_finite=settings["patience"]), ImprovedLossCheckpoint(save_steps=100)]
+        return ended(
+            lambda: fit(
+                module,
+                data,
+                folder / "ended",
+                max_steps=9,
+                devices=ranks,
+                strategy=strategy,
+                callbacks=watchers,
+                plugins=[PortableCheckpointIO()],
+                enable_checkpointing=True,
+            )
+        )
     history = fit(
         module,
         data,
@@ -104,6 +123,18 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
     }
 
 
+def ended(run: Callable[[], Any]) -> dict[str, Any] | None:
+    """On rank zero, what each rank was refused with."""
+    try:
+        run()
+        said = "finished"
+    except UserError as error:
+        said = str(error)
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, said)
+    return {"ended": gathered} if torch.distributed.get_rank() == 0 else None
+
+
 def samples_of(folder: Path) -> list[str]:
     """The policy's and the reference's answers, and the file gone."""
     path = folder / "samples.jsonl"
@@ -112,14 +143,15 @@ def samples_of(folder: Path) -> list[str]:
     return [line[who] for line in lines for who in ("policy", "reference")]
 
 
-def poison(module: Any, step: int, rank: int, where: str) -> None:
-    """Make one rank's loss, or its gradient alone, not finite in one optimizer step."""
+def poison(module: Any, step: int | list[int], rank: int, where: str) -> None:
+    """Make one rank's loss, or its gradient alone, not finite in one optimizer step, or in several."""
     losses = module.losses
 
     def poisoned(batch: Any) -> Any:
         loss, sums = losses(batch)
         trainer = module.trainer
-        if trainer.training and trainer.global_step == step and trainer.global_rank == rank:
+        now = trainer.global_step in (step if isinstance(step, list) else [step])
+        if trainer.training and now and trainer.global_rank == rank:
             if where == "loss":
                 return loss * math.nan, {
                     name: (total * math.nan, count) for name, (total, count) in sums.items()

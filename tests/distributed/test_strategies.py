@@ -48,6 +48,14 @@ CASES = {
         "optimizer": SGD,
         "accumulate": 2,
     },
+    "gpt2-paper": {
+        "task": "dpo",
+        "family": "gpt2",
+        "adapter": {"kind": "ia3", "preset": "paper"},
+        "reference": "sharded",
+        "optimizer": SGD,
+    },
+    "gemma2": {"task": "dpo", "family": "gemma2", "reference": "shared", "optimizer": SGD, "accumulate": 2},
     "sft": {"task": "sft", "optimizer": RMSPROP, "clip": 1.0, "accumulate": 2},
 }
 EPOCHS = 7  # of 3 steps
@@ -61,14 +69,14 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_llama, tmp_path_factory):
+def seen(models, tiny_llama, tmp_path_factory):
     """What one device, DDP and ZeRO-3 saw of each case: `seen["zero3"]["sft"]`."""
     folder = tmp_path_factory.mktemp("strategies")
     start = folder / "start"
     made({"base": str(tiny_llama), "task": "sft", "epochs": 1, "save": {"3": "start"}}, 1, folder)
     cases = {
         name: {
-            "base": str(tiny_llama),
+            "base": str(models(case.get("family", "llama"))),
             "epochs": EPOCHS,
             **case,
             "start": str(start) if "start" in case else None,

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed.ranks import made, run_on_ranks
 from tests.tiny_models import make
+from trainer.checkpoint import verify
 
 pytestmark = pytest.mark.distributed
 
@@ -59,6 +61,8 @@ def seen(tiny_llama, folder, wide):
                  "epochs": 1, "scale": 1e-3, "optimizer": ADAMW},
         "samples": {"task": "dpo", "strategy": "zero3", "epochs": 1, "prompts": PROMPTS, "optimizer": LARGE},
         **NAN,
+        "hopeless": {"task": "dpo", "strategy": "zero3", "optimizer": ADAMW, "patience": 3,
+                     "nan": {"step": [4, 5, 6, 7, 8], "rank": 1, "where": "loss"}},
         "all": {**ALL, "save": {"4": "all-4"}},
         "all-rest": {**ALL, "resume": where["all-4"]},
         "whole": {**DROPOUT, "save": {"4": "whole-4"}},
@@ -120,6 +124,18 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one(seen, name, tiny_llama, 
     assert ranks == (["rank 1"] if by_loss else ["rank 0", "rank 1"])
     assert all(
         example.strip().isdigit() for example in run["errors"][-1].split("its examples:")[1].split(",")
+    )
+
+
+def test_both_ranks_end_together_after_steps_that_were_not_finite(seen, folder) -> None:
+    one, two = seen["hopeless"]["ended"]
+    assert one == two
+    assert "not finite in 3 steps in a row" in one
+    (saved,) = [path for path in (folder / "ended" / "checkpoints").iterdir() if not path.is_symlink()]
+    assert saved.name in one
+    verify(saved)
+    assert all(
+        bool(tensor.isfinite().all()) for tensor in load_file(saved / "adapter_model.safetensors").values()
     )
 
 

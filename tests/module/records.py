@@ -101,10 +101,15 @@ def fit(
 ) -> History:
     """Train quietly, on one CPU device unless told otherwise; returns what happened."""
     history = History()
-    settings = {"accelerator": "cpu", "max_steps": 5, "callbacks": [], **settings}
+    settings = {
+        "accelerator": "cpu",
+        "max_steps": 5,
+        "callbacks": [],
+        "enable_checkpointing": False,
+        **settings,
+    }
     L.Trainer(
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
