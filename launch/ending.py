@@ -112,6 +112,8 @@ def _said(error: BaseException, trainer: L.Trainer) -> tuple[int, str]:
 
 def _left(replaced: Replaced) -> str:
     """What an interrupted run leaves, in words."""
-    if replaced.gone:
+    if replaced.gone and any(replaced.folder.glob("checkpoints/*")):
         return f"`--resume auto` goes on from {replaced.folder}"
+    if replaced.gone:
+        return "nothing was saved yet"
     return f"the run in {replaced.folder} is as it was"

@@ -6,6 +6,7 @@ Launchers start this file as a script on each rank: `fabric run launch/fit.py --
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -233,7 +234,12 @@ class TandemCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 settings["default_root_dir"], name="", version="", default_hp_metric=False
             )
-        trainer = L.Trainer(**settings, callbacks=callbacks, plugins=plugins)
+        try:
+            trainer = L.Trainer(**settings, callbacks=callbacks, plugins=plugins)
+        except (TypeError, ValueError) as error:
+            if user_error_in(error):
+                raise
+            raise UserError(f"trainer: {error}") from error
         replace_handlers(trainer)
         self.children = own_children(trainer)
         return trainer
@@ -333,7 +339,11 @@ def validate(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     cli = TandemCLI(arguments, "validate")
     checkpoint = None if cli.config.weights is None else str(resolve(cli.config.weights))
-    results = cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False)
+    # DeepSpeed prints; stdout is for the metrics alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = cli.trainer.validate(
+            cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, verbose=False
+        )
     if cli.trainer.is_global_zero:
         print(json.dumps({key: value for result in results for key, value in result.items()}, indent=2))
     return 0

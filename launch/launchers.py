@@ -142,6 +142,8 @@ def settle(config: Namespace, arguments: Sequence[str], env: Mapping[str, str] =
     _check_strategy(trainer.strategy, origin("trainer.strategy", arguments) or "trainer.strategy")
     if "strategy" in said:
         said["strategy"] = _check_strategy(*said["strategy"])
+    _plain("devices", trainer.devices)
+    _check_precision(config, arguments)
     if precision := said.pop("precision", None):
         _settle_precision(config, precision, arguments)
     for key, (value, place) in said.items():
@@ -170,6 +172,16 @@ def _check_strategy(given: Any, place: str) -> Said:
     return Said(known, place)
 
 
+def _check_precision(config: Namespace, arguments: Sequence[str]) -> None:
+    """One dtype policy: what is trained is float32, and policy.dtype says what the base is in."""
+    precision = config.trainer.precision
+    if precision is not None and str(precision) not in ("32-true", "32"):
+        by = origin("trainer.precision", arguments) or "trainer.precision"
+        raise UserError(
+            f"{by}: {precision} is not supported; 32-true, and model.policy.dtype: bfloat16 for a base in bfloat16"
+        )
+
+
 def _settle_precision(config: Namespace, said: Said, arguments: Sequence[str]) -> None:
     """Adapters train in float32; `bf16-true` speaks of the base's weights."""
     value = {"32": "32-true"}.get(said.value, said.value)
@@ -177,13 +189,7 @@ def _settle_precision(config: Namespace, said: Said, arguments: Sequence[str]) -
         raise UserError(
             f"{said.place}: not supported; 32-true, or bf16-true for a base in bfloat16 with adapters in float32"
         )
-    if config.trainer.precision is None or not (by := origin("trainer.precision", arguments)):
-        config.trainer.precision = "32-true"
-    elif str(config.trainer.precision) not in ("32-true", "32"):
-        raise UserError(
-            f"{by} contradicts {said.place}; adapters train in float32: give trainer.precision 32-true, and"
-            f" policy.dtype for the base"
-        )
+    config.trainer.precision = "32-true"
     if value == "bf16-true":
         _use_bfloat16(config.model.init_args.policy, said, origin("model.policy.dtype", arguments))
 
@@ -210,7 +216,12 @@ def _plain(key: str, value: Any) -> Any:
         return None
     if key == "devices":
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        numbers = [int(part) for part in text.strip("[]").split(",") if part.strip()]
+        parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+        if not parts or not all(part.isdecimal() for part in parts):
+            raise UserError(
+                f"trainer.devices: {value} is no number of devices; give 4, a list [0,2], -1 or auto"
+            )
+        numbers = [int(part) for part in parts]
         return numbers if isinstance(value, list) or "," in text else numbers[0]
     return {"cuda": "gpu", ZERO3: "zero3"}.get(str(value), value)
 
@@ -260,12 +271,13 @@ def strategy_of(given: Any, rank_timeout: float) -> Any:
 
 
 def follow_parent() -> None:
-    """In a process that rank zero has started (`tandem fit --trainer.devices 2`): end with rank zero.
+    """In a process that rank zero (`tandem fit --trainer.devices 2`) or torchrun has started: end with it.
 
-    Lightning's rank zero watches its children, but nothing watches rank zero: killed, it would leave ranks that
-    wait for it.
+    Both watch the ranks, but nothing watches them: killed, they would leave ranks that train on or wait for ever.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True, name="follow-parent").start()
+    elif "LOCAL_RANK" not in os.environ:
         os.environ[_PARENT] = str(os.getpid())
     elif (parent := os.environ.get(_PARENT)) == str(os.getppid()):
         threading.Thread(target=_follow, args=(int(parent),), daemon=True, name="follow-parent").start()

@@ -87,8 +87,13 @@ class Lease:
     ) -> None:
         self.folder, self.path, self.me, self.beat = folder, folder / LOCK, me or this_process(), beat
         self._made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._fd: int | None = self._take(dead)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd: int | None = self._take(dead)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(
+                f"--run {folder}: cannot be used ({error.strerror}: {error.filename}); give another folder"
+            ) from error
         # A data loader's worker that outlives this process must not keep the lock.
         os.register_at_fork(after_in_child=self._close)
         self._done = threading.Event()

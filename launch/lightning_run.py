@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ def free_port() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `fabric` in this process; ends with its exit status."""
+    # torchrun, which fabric starts the ranks by, would die of SLURM's warning and leave them behind; so it hands it on.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     words = words_for_fabric(sys.argv[1:] if arguments is None else arguments, free_port())
     scripts = metadata.distribution("lightning").entry_points.select(group="console_scripts", name="fabric")
     (fabric,) = scripts

@@ -85,6 +85,7 @@ def join_ranks(device: str | None) -> Fabric | None:
     kind = _device(device).type
     fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp")
     fabric.launch()
+    os.environ["LOCAL_RANK"] = str(fabric.local_rank)  # DeepSpeed asks for it, and `srun` does not set it
     return fabric
 
 

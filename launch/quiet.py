@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import threading
 import warnings
 
 _TALKERS = (
@@ -37,3 +39,10 @@ def quiet() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
     transformers_logging.disable_progress_bar()
+    threading.excepthook = _of_a_thread
+
+
+def _of_a_thread(fault: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer shows a traceback for a full disk; the run itself ends with a line that says so."""
+    if not (isinstance(fault.exc_value, OSError) and fault.exc_value.errno == errno.ENOSPC):
+        threading.__excepthook__(fault)

@@ -188,6 +188,8 @@ def _refuse_if_used(folder: Path) -> None:
             f"{folder}: holds a finished run; give another --run FOLDER, or --overwrite to start anew,"
             f" or --resume auto to train it further"
         )
+    if before == "failed" and not (folder / "checkpoints").exists():
+        return  # there is nothing to go on with, and nothing to lose
     if before is not None or (folder / "checkpoints").exists():
         raise UserError(
             f"{folder}: holds a run that is not finished ({before or 'no manifest'}); --resume auto"

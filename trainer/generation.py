@@ -197,13 +197,22 @@ def _batches(
 
 
 def _dealt(batches: list[tuple[list[int], int]], even: bool) -> list[tuple[list[int], int]]:
-    """This rank's batches; `even`: as many as any rank's, some of them a second time, since all have to go along."""
+    """This rank's batches.
+
+    `even`: all ranks go along in every round, so that each has as many batches, some of them a second time, and the
+    batches of a round have the same room: a rank that waits for longer answers would leave the model's positions.
+    """
     if not _in_group():
         return batches
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    own = batches[rank::ranks]
-    missing = -(-len(batches) // ranks) - len(own)
-    return own + batches[:1] * missing if even else own
+    if not even:
+        return batches[rank::ranks]
+    own = []
+    for _, members in itertools.groupby(batches, key=lambda batch: batch[1]):
+        group = list(members)
+        group += group[:1] * (-len(group) % ranks)
+        own += group[rank::ranks]
+    return own
 
 
 def _of_all_ranks(answers: dict[int, Generation]) -> dict[int, Generation]:

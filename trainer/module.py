@@ -108,10 +108,11 @@ class AlignmentModule(L.LightningModule):
 
     def _check_precision(self) -> None:
         kinds = {p.dtype for p in self.parameters() if p.requires_grad}
-        if self.policy_config.adapter is not None and kinds != {torch.float32}:
+        rounded = self.policy_config.adapter is not None and kinds != {torch.float32}
+        if rounded or self.trainer.precision != "32-true":
             raise UserError(
-                f"trainer.precision: {self.trainer.precision} would train the adapter in {kinds.pop()} and round its"
-                " updates away; set policy.dtype: bfloat16 for the base and trainer.precision: 32-true"
+                f"trainer.precision: {self.trainer.precision} is not supported, it rounds updates away; set it to"
+                " 32-true, and policy.dtype: bfloat16 for the base"
             )
 
     def _check_positions(self) -> None:

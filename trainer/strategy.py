@@ -27,7 +27,7 @@ from torchmetrics import Metric
 from transformers.optimization import Adafactor
 from typing_extensions import override
 
-from trainer.policy.sharded import is_sharded, sharding, share_of
+from trainer.policy.sharded import is_sharded, kept, share_of, sharding
 from trainer.schema import UserError
 
 
@@ -72,6 +72,9 @@ class Zero3(DeepSpeedStrategy):
             raise UserError(
                 f"zero3.hpz_partition_size: {hpz_partition_size} is below 1; 1 keeps no second copy"
             )
+        if "stage" in (config or {}):
+            raise UserError("zero3.config: stage is 3 here; leave it out")
+        self.hpz_partition_size = hpz_partition_size
         if not torch.cuda.is_available():
             # Read when DeepSpeed is imported: it would look for a device that is not there.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -132,10 +135,7 @@ class Zero3(DeepSpeedStrategy):
         # A private method of Lightning 2.6.6, whose own passes the CUDA device's index: None on the CPU.
         import deepspeed
 
-        if isinstance(optimizer, Adafactor):
-            raise UserError(
-                "optimizer.name: adafactor needs whole tensors, and ZeRO-3 has flat shares; use adamw or rmsprop"
-            )
+        refuse_adafactor(isinstance(optimizer, Adafactor))
         engine, sharded_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
             config=self.config,
@@ -147,12 +147,19 @@ class Zero3(DeepSpeedStrategy):
         )
         return engine, sharded_optimizer
 
+    @override
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        # The same in validation: Lightning's own passes the CUDA device's index.
+        assert isinstance(self.config, dict)
+        self.model = _engine(model, self.config)
+
     def _check(self) -> None:
-        precision = self.precision_plugin.precision
-        if precision != "32-true":
+        refuse_hpz(self.hpz_partition_size, self.num_processes)
+        if not self.on_cpu and self.root_device.index != self.local_rank:
+            # DeepSpeed 0.19 takes the local rank for the device.
             raise UserError(
-                f"trainer.precision: {precision} is not possible with zero3; use 32-true, and policy.dtype: bfloat16"
-                " for the base's weights"
+                "trainer.devices: zero3 uses a machine's first GPUs; say which are there by CUDA_VISIBLE_DEVICES=0,2"
+                " and trainer.devices: 2"
             )
 
     # One dtype policy: what is trained is float32, the base's weights are what policy.dtype says
@@ -160,12 +167,13 @@ class Zero3(DeepSpeedStrategy):
     @property
     @override
     def precision_plugin(self) -> Any:
-        return self._precision_plugin
+        return self._precision_plugin or FullPrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
-        precision = getattr(plugin, "precision", "32-true")
-        self._precision_plugin = FullPrecision() if precision == "32-true" else plugin
+        if plugin is not None and plugin.precision != "32-true":
+            raise UserError(f"trainer.precision: {plugin.precision} is not possible with zero3; use 32-true")
+        self._precision_plugin = plugin and FullPrecision()
 
     # Models are sharded as they are loaded; what is small and trained is sharded by the engine
 
@@ -176,6 +184,15 @@ class Zero3(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         with sharding(self.config):
             yield
+        self._limit_second_copies()
+
+    def _limit_second_copies(self) -> None:
+        """DeepSpeed 0.19 makes the groups of second copies with torch's default timeout, half an hour."""
+        from deepspeed.utils import groups
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        if (group := groups._get_zero_param_intra_parallel_group()) is not None and self._timeout is not None:
+            _set_pg_timeout(self._timeout, group)
 
     @override
     def setup(self, trainer: Any) -> None:
@@ -220,7 +237,10 @@ class Zero3(DeepSpeedStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state as the unsharded optimizer would have it: tensors by parameter, in the parameters' shapes."""
+        """The state as the unsharded optimizer would have it: tensors by parameter, in the parameters' shapes.
+
+        Every rank must ask; rank zero gets them, the others empty ones.
+        """
         sharded, trained = self.deepspeed_engine.optimizer, self._trained()
         (group,) = sharded.param_groups
         example = sharded.optimizer.state.get(_flat(sharded)[0], {})
@@ -270,6 +290,23 @@ class FullPrecision(DeepSpeedPrecision):
         model.trainer.model.backward(tensor, scale_wrt_gas=False)
 
 
+def refuse_hpz(size: int, ranks: int) -> None:
+    """`UserError` where second copies of the weights do not spread evenly over a node's ranks."""
+    if ranks % size:
+        raise UserError(
+            f"zero3.hpz_partition_size: {size} does not divide the {ranks} ranks of a node; give {ranks}, or 1 for no"
+            " second copy"
+        )
+
+
+def refuse_adafactor(asked: bool) -> None:
+    """`UserError` where it was asked for: it looks at whole tensors, of which ZeRO-3 has flat shares."""
+    if asked:
+        raise UserError(
+            "optimizer.name: adafactor needs whole tensors, and ZeRO-3 has flat shares; use adamw or rmsprop"
+        )
+
+
 def _compute_on_cpu() -> None:
     """Where there is a GPU that this run is not to use, DeepSpeed has chosen it already."""
     from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -285,11 +322,17 @@ def answering(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     Args:
         config: the strategy's, under which the model was loaded.
     """
-    import deepspeed
-
-    deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    _engine(model, config)
     _gather_with_owner(model)
     return model
+
+
+def _engine(model: nn.Module, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around a model that is not trained."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    return engine
 
 
 def _leave_group() -> None:
@@ -325,7 +368,8 @@ def _whole_state(parameter: Any, example: Mapping[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, value in example.items():
         if isinstance(value, Tensor) and value.dim() > 0:
-            state[name] = safe_get_full_optimizer_state(parameter, name).view(parameter.ds_shape).cpu()
+            gathered = safe_get_full_optimizer_state(parameter, name)
+            state[name] = kept(gathered.view(parameter.ds_shape), parameter).cpu()
         else:
             state[name] = value.clone() if isinstance(value, Tensor) else value
     return state

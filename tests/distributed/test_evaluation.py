@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.commands.evaluate import letters, parser
+from tests.launch.helpers import fit_config, tandem
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -34,3 +35,13 @@ def test_two_ranks_answer_as_one(tmp_path, sharded) -> None:
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["sentences"] == len(TEXTS)
     assert one == two
+
+
+def test_validation_under_zero3_is_validation_on_one_device(tmp_path, tiny_llama) -> None:
+    config = fit_config(tmp_path, tiny_llama, limit_val_batches=2)
+    one = tandem(["validate", "--config", str(config)])
+    more = ["--trainer.devices", "2", "--trainer.strategy", "zero3", "--rank_timeout", "60"]
+    two = tandem(["validate", "--config", str(config), *more], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert "val/rewards/accuracies" in json.loads(one.stdout)
+    assert json.loads(two.stdout) == pytest.approx(json.loads(one.stdout), abs=1e-5, rel=1e-6)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config
 
 from tests.distributed.ranks import on_ranks
 from tests.tiny_models import byte_tokenizer
@@ -30,8 +30,16 @@ def folders(models, tmp_path_factory):
         num_key_value_heads=2, num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "experts")
+    turned = Phi3Config(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, original_max_position_embeddings=32, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
+                         "long_factor": [1.0, 2.0, 3.0, 4.0], "original_max_position_embeddings": 32},
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(turned).save_pretrained(root / "longrope")
     assert len(list((root / "split").glob("*.safetensors"))) > 2
-    made |= {name: root / name for name in ("split", "body", "experts")}
+    made |= {name: root / name for name in ("split", "body", "experts", "longrope")}
     return made
 
 
@@ -46,7 +54,7 @@ def seen(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*FAMILIES, "split", "body", "experts"])
+@pytest.mark.parametrize("name", [*FAMILIES, "split", "body", "experts", "longrope"])
 def test_a_sharded_model_is_the_model(seen, folders, name, dtype) -> None:
     for way in seen[f"{folders[name]}.{dtype}"].values():
         assert way == {"same": True, "sharded": True, "dtypes": [f"torch.{dtype}"], "stops": True}

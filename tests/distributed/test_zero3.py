@@ -18,6 +18,7 @@ ADAMW = {"name": "adamw", "lr": 1e-2}
 COSINE = {"name": "cosine", "warmup_ratio": 0.1}
 LARGE = {"name": "sgd", "lr": 10.0}  # far enough for answers to change; Adam would blow up last digits
 PROMPTS = ["ab", "cde f"]
+ROOMS = ["a" * 506, "bc"]
 LORA = {"kind": "lora", "r": 4, "dropout": 0.1}
 NAN = {
     f"{strategy}-{where}": {
@@ -52,7 +53,7 @@ def wide(folder):
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_llama, folder, wide):
+def seen(tiny_llama, tiny_gpt2, folder, wide):
     """All that two ranks do in one start."""
     base = str(tiny_llama)
     where = {name: str(folder / name) for name in ("whole-4", "part-5", "all-4", "ia3-4")}
@@ -60,6 +61,8 @@ def seen(tiny_llama, folder, wide):
         "bf16": {"task": "dpo", "base": str(wide), "dtype": "bfloat16", "reference": "sharded", "strategy": "zero3",
                  "epochs": 1, "scale": 1e-3, "optimizer": ADAMW},
         "samples": {"task": "dpo", "strategy": "zero3", "epochs": 1, "prompts": PROMPTS, "optimizer": LARGE},
+        # GPT-2 has no position behind its last: one prompt leaves room for 6 tokens, the other for all 8.
+        "rooms": {"task": "dpo", "base": str(tiny_gpt2), "strategy": "zero3", "epochs": 1, "prompts": ROOMS},
         **NAN,
         "hopeless": {"task": "dpo", "strategy": "zero3", "optimizer": ADAMW, "patience": 3,
                      "nan": {"step": [4, 5, 6, 7, 8], "rank": 1, "where": "loss"}},
@@ -94,6 +97,11 @@ def test_both_ranks_answer_as_one_device_does(seen, tiny_llama, tmp_path) -> Non
     before, after = answers[:4], answers[4:]
     assert before[0::2] == before[1::2] == after[1::2], "the reference, and the policy at its start"
     assert after[0::2] != after[1::2], "the adapter is not there when the model generates"
+
+
+def test_ranks_whose_answers_have_other_lengths_wait_for_each_other(seen, tiny_gpt2, tmp_path) -> None:
+    settings = {"base": str(tiny_gpt2), "task": "dpo", "epochs": 1, "prompts": ROOMS}
+    assert seen["rooms"]["samples"] == made(settings, 1, tmp_path)["samples"]
 
 
 @pytest.mark.parametrize("name", NAN)

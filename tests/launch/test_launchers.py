@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import yaml
 
+from launch.cli import main
 from launch.fit import TandemCLI
 from launch.launchers import launched, origin, settle, strategy_of
 from launch.lightning_run import words_for_fabric
@@ -206,3 +207,24 @@ def test_lightning_run_speaks_fabric():
     # Where the ranks are on several nodes, all must be told of the same port.
     for words in (["run", "--num-nodes=2", "fit.py"], ["run", "--main_port", "9", "fit.py"], ["--help"]):
         assert words_for_fabric(words, 7) == words
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("trainer.precision", "bf16-mixed", "bf16-mixed is not supported; 32-true"),
+        ("trainer.precision", "16-mixed", "16-mixed is not supported; 32-true"),
+        ("trainer.devices", "abc", "trainer.devices: abc is no number of devices"),
+        ("trainer.devices", "-1", "trainer: "),
+        ("trainer.num_nodes", "0", "trainer: "),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["auto", "zero3"])
+def test_what_is_not_possible_is_one_line(
+    tmp_path, tiny_llama, capsys, strategy, setting, value, said
+) -> None:
+    words = ["--config", str(fit_config(tmp_path, tiny_llama)), "--run", str(tmp_path / "run")]
+    assert main(["fit", *words, "--trainer.strategy", strategy, f"--{setting}", value]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told

@@ -147,6 +147,23 @@ def test_a_rank_that_waits_elsewhere_does_not_either():
     child.wait(10)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_a_signal_to_the_launcher_reaches_its_ranks(tmp_path, tiny_llama, number):
+    """SLURM warns the launcher too; killed, it leaves no ranks that go on without it."""
+    config = fit_config(tmp_path, tiny_llama, steps=100_000, devices="auto")
+    process = start(commands(config, tmp_path)["lightning"], tmp_path)
+    last = tmp_path / "lightning" / "checkpoints" / "last"
+    wait_until(last.exists, 90, "the first checkpoint")
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    psutil.wait_procs(ranks, 30)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    told = (tmp_path / "said").read_text()
+    assert ("SIGUSR1: stopped at step" in told) == (number == signal.SIGUSR1), told
+
+
 def waiting_signals(process: subprocess.Popen[str]) -> int:
     """The signals that a process has wait for later, one bit for each."""
     status = Path(f"/proc/{process.pid}/status").read_text()

@@ -301,3 +301,21 @@ def test_a_malicious_published_file_never_runs(tiny_llama, tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
     assert (tmp_path / "ran").exists(), "the file would have run"
+
+
+def test_a_weight_that_the_files_lack_is_not_left_random(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"policy.base.*lack model.layers.1.mlp.up_proj.weight"):
+        load_policy(PolicyConfig(str(folder)))
+
+
+def test_a_quantized_base_is_refused(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"policy.base.*is quantized, which is not supported"):
+        load_policy(PolicyConfig(str(folder)))

@@ -44,7 +44,7 @@ def test_scontrol_requeue(jobs, undisturbed):
 
 def test_the_warning_before_the_time_limit(jobs, undisturbed):
     # SLURM looks at time limits every 30 s: the warning comes 21 to 29 s after the start.
-    number = jobs.fit(jitter=2.0, options=("--time=1", "--signal=USR1@10"))
+    number = jobs.fit(jitter=3.5, options=("--time=1", "--signal=USR1@10"))
     seen = states_until(jobs.cluster, number, lambda: "start 2," in jobs.said())
     assert "COMPLETED" not in seen
     assert 0 < jobs.step() < STEPS

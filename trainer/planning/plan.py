@@ -15,6 +15,7 @@ from trainer.planning.model import Models, build_models
 from trainer.planning.shards import Gathering, Weight, gathering
 from trainer.planning.trace import MicroBatch, Trace, trace
 from trainer.schema import UserError
+from trainer.strategy import refuse_adafactor, refuse_hpz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,9 @@ def check(job: Job, cluster: Cluster, shape: PretrainedConfig) -> None:
         raise UserError(
             f"trainer.strategy: one device, but --gpus is {cluster.gpus}; set trainer.strategy: zero3 or ddp"
         )
+    if job.strategy == "zero3":
+        refuse_hpz(job.zero.hpz_partition_size, cluster.gpus // cluster.nodes)
+        refuse_adafactor(job.optimizer.name == "adafactor")
     if job.batch_size < cluster.gpus * job.accumulate:
         raise UserError(
             f"data.batch_size: {job.batch_size} examples a step are fewer than {cluster.gpus} GPUs x"

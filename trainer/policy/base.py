@@ -71,22 +71,30 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
             stacklevel=2,
         )
     settings = read_config(name, config)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UserError(
+            f"policy.base: '{name}' is quantized, which is not supported; give its 16- or 32-bit weights"
+        )
     _without_dropout(settings)
     attention = _attention(config, settings)
     try:
         if sharded.active():
             folder = _local_folder(name, config.revision)
-            return sharded.load_sharded(
+            model = sharded.load_sharded(
                 folder, settings, _DTYPES[config.dtype], attention, config.trust_remote_code
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=settings,
-            dtype=_DTYPES[config.dtype],
-            use_safetensors=True,
-            attn_implementation=attention,
-            **_hub_settings(name, config.revision, config.trust_remote_code),
-        )
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=settings,
+                dtype=_DTYPES[config.dtype],
+                use_safetensors=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **_hub_settings(name, config.revision, config.trust_remote_code),
+            )
+            model, info = loaded
+            sharded.refuse_missing(model, info)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"policy.base: '{name}' cannot be loaded ({first_line(error)})") from error
     _without_dropout(model)

@@ -43,17 +43,25 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def read_whole(parameter: nn.Parameter) -> Tensor:
-    """The whole tensor, detached. Of a sharded parameter every rank must ask, in the same order."""
+    """The whole tensor, detached. Of a sharded parameter every rank must ask, in the same order.
+
+    What was sharded comes to the CPU: whole, all of it may be more than a GPU holds.
+    """
     if not is_sharded(parameter):
         return parameter.detach()
     if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter).view(parameter.ds_shape)  # type: ignore[attr-defined]
+        return safe_get_full_fp32_param(parameter).view(parameter.ds_shape).cpu()  # type: ignore[attr-defined]
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
+        return parameter.detach().clone().cpu()
+
+
+def kept(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The tensor on rank zero, which writes checkpoints; where it was gathered, an empty one on the others."""
+    return tensor if not is_sharded(parameter) or torch.distributed.get_rank() == 0 else tensor.new_empty(0)
 
 
 @torch.no_grad()
@@ -90,8 +98,10 @@ def gradient_norm_share(parameters: Sequence[nn.Parameter], ranks: int) -> Tenso
     if any(is_sharded(parameter) for parameter in parameters):
         from deepspeed.utils import safe_get_local_grad
 
-        grads = [safe_get_local_grad(parameter) for parameter in parameters]
-        return nn.utils.get_total_norm([grad for grad in grads if grad is not None]).double().square()
+        total: Any = 0.0
+        for parameter in parameters:  # one at a time: offloaded gradients come to the GPU here
+            total = total + safe_get_local_grad(parameter).double().square().sum()
+        return total
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.double().square() / ranks
 
@@ -159,32 +169,42 @@ def _load_by_transformers(
     # transformers 5.23 shards what it loads as long as this object lives.
     alive = HfDeepSpeedConfig(config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=settings,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     finally:
         del alive
+    model, info = loaded
+    refuse_missing(model, info)
+    return model
+
+
+def refuse_missing(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """`ValueError` for a weight that the files lack, and transformers would leave random; tied ones are another's."""
+    missing = sorted(set(info["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", ())))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"its files lack {missing[0]}{more}, which would stay random")
 
 
 @contextlib.contextmanager
 def _zero_init(dtype: torch.dtype) -> Iterator[None]:
     from deepspeed import zero
     from deepspeed.utils import groups
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
     config = _loading_config(dtype)
     # DeepSpeed 0.19 makes the groups of secondary partitions for the first model and refuses to for the second.
     made = groups._get_zero_param_intra_parallel_group()
     again = made if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1 else None
-    with (
-        prevent_arange_dtype_change(),
-        zero.Init(config_dict_or_path=config, zero_param_parallel_group=again),
-    ):
+    # Only the device is DeepSpeed's to choose: it would round rotary frequencies to a bfloat16 base's type.
+    overrides = [zero.DeepSpeedTensorOverride.device]
+    with zero.Init(config_dict_or_path=config, zero_param_parallel_group=again, tensor_overrides=overrides):
         yield
 
 
@@ -199,7 +219,7 @@ def _places(model: PreTrainedModel, folder: Path) -> dict[str, tuple[str, str]] 
     """Parameter -> (file, name in it); None where a parameter stands under no name that is its own."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
     else:
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
             files = dict.fromkeys(tensors.keys(), "model.safetensors")

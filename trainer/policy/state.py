@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from trainer.policy.adapters import POLICY, narrowed, whole, whole_sizes
-from trainer.policy.sharded import read_whole, write_whole
+from trainer.policy.sharded import kept, read_whole, write_whole
 from trainer.schema import UserError
 
 
@@ -40,14 +40,15 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors by the names of `model.state_dict()`, whole; no frozen weight is among them.
 
-    Where they are sharded, every rank must ask.
+    Where they are sharded, every rank must ask, and rank zero gets them; on the others the tensors are empty.
     """
     sizes = whole_sizes(model)
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensor = read_whole(parameter)
-            state[name] = whole(tensor.flatten(), sizes[name]).view(-1, 1) if name in sizes else tensor
+            tensor = whole(tensor.flatten(), sizes[name]).view(-1, 1) if name in sizes else tensor
+            state[name] = kept(tensor, parameter)
     return state
 
 
