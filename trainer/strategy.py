@@ -27,7 +27,7 @@ from torchmetrics import Metric
 from transformers.optimization import Adafactor
 from typing_extensions import override
 
-from trainer.policy.sharded import is_sharded, kept, share_of, sharding
+from trainer.policy.sharded import is_sharded, kept, sharding, share_of
 from trainer.schema import UserError
 
 
