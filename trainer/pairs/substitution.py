@@ -103,7 +103,7 @@ class Letters(Source):
         texts, counts = unique_texts(loaded.rows)
         return texts, counts, loaded.hashes
 
-    def _holds(self, text: Text, split: Split) -> bool:
+    def _holds(self, text: UniqueText, split: Split) -> bool:
         """Whether a text belongs to this stage and split."""
         stage = stage_of(text.component, self._shares)
         if split == "test" or self.stage == "evaluation":
