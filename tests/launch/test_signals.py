@@ -88,7 +88,7 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path, words, monkeypatch, capfd) -> 
     assert main(words) == 130
     told = capfd.readouterr().err
     assert "saving at the end of this step; again to end at once" in told
-    assert "tandem: interrupted; `--resume auto` goes on" in told
+    assert "tandem: interrupted; nothing was saved yet" in told
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
