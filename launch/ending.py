@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -63,11 +64,18 @@ def run_to_its_end(
     return _end_together(status, children)
 
 
+def leave_together() -> None:
+    """Leave the process group when all ranks do: gloo can abort a process that others still talk to as it ends."""
+    if torch.distributed.is_initialized():
+        # What this rank had to do is done, whatever became of another one in the meantime.
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _end_together(status: int, children: Children | None) -> int:
+    leave_together()
     if children is not None and children.procs:
-        # First, or NCCL's end in the others could wait for this one while it waits for them.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         problem = children.end(well=True)
         if problem and not status:
             print(f"tandem: error: {problem}", file=sys.stderr)

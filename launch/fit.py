@@ -34,7 +34,7 @@ from callbacks.sample_generation import SampleGeneration
 from callbacks.throughput import Throughput
 from launch.building import build
 from launch.children import Children, own_children
-from launch.ending import run_to_its_end
+from launch.ending import leave_together, run_to_its_end
 from launch.errors import check_yaml, config_files, describe, user_error_in
 from launch.identity import flat, refuse_another_run
 from launch.kept import Announce, KeepConfig, resolved
@@ -346,6 +346,7 @@ def validate(arguments: Sequence[str]) -> int:
         )
     if cli.trainer.is_global_zero:
         print(json.dumps({key: value for result in results for key, value in result.items()}, indent=2))
+    leave_together()
     return 0
 
 

@@ -78,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def letters(given: Namespace) -> int:
     """Evaluate and write the result; rates go to stdout, one line each."""
+    from launch.ending import leave_together
     from launch.models import answering, is_first
     from trainer.data.homoglyphs import INSTRUCTION
     from trainer.evaluation.letters import evaluate_in_full, evaluate_letters
@@ -106,7 +107,9 @@ def letters(given: Namespace) -> int:
         result = evaluate_in_full(ready.model, ready.tokenizer, texts, label=given.label, **settings)
     else:
         result = evaluate_letters(ready.model, ready.tokenizer, texts, **settings) | {"label": given.label}
-    if not is_first():
+    speaks = is_first()
+    leave_together()
+    if not speaks:
         return 0
     result |= {"model": ready.description, "texts": files, "versions": versions()}
     write_json(given.output, result)

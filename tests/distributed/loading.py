@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from launch.ending import leave_together
 from trainer.policy.load import PolicyConfig, load_frozen
 from trainer.policy.sharded import is_sharded, read_whole, sharding
 from trainer.strategy import Zero3
@@ -29,9 +30,7 @@ def main(plan: dict[str, Any]) -> None:
     }
     if torch.distributed.get_rank() == 0:
         Path(plan["out"]).write_text(json.dumps(seen))
-    # A rank that leaves while others still talk to it can abort.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 def loaded(base: str, dtype: str, zero3: dict[str, Any] | None) -> Any:

@@ -18,6 +18,7 @@ import torch
 from callbacks.alarms import Alarms
 from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
 from callbacks.sample_generation import SampleGeneration
+from launch.ending import leave_together
 from trainer.generation import Sampling
 from trainer.policy.logprobs import pair_logps
 from trainer.policy.sharded import read_whole, write_whole
@@ -51,6 +52,7 @@ def main(plan: dict[str, Any]) -> None:
         seen = made(settings, plan["ranks"], folder)
         if seen is not None:
             (folder / f"{name}.json").write_text(json.dumps(seen))
+    leave_together()
 
 
 def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] | None:
