@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all soak lint clean install
+.PHONY: demo test test-all soak bench lint clean install
 
 install: .venv/installed
 
@@ -28,6 +28,11 @@ test-all: lint
 SOAK ?= 100
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak --count $(SOAK) --folder runs/soak
+
+# Speed and memory beside TRL's, on this machine; a table, and a picture beside the results.
+BENCH ?= runs/bench-$(shell date +%Y%m%d-%H%M%S)
+bench: install
+	$(BIN)/tandem bench --output $(BENCH).json --picture $(BENCH).png
 
 lint: install
 	$(BIN)/ruff check .

@@ -82,6 +82,8 @@ class RunManifest(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # What the first batch showed of the policy, and how much of the reference is cached by now.
+        self.content["model"] = _description(pl_module)
         after = _fingerprint(pl_module)
         self.content["reference"]["after"] = after
         moved = trainer.strategy.reduce_boolean_decision(after != self.reference, all=False)

@@ -111,12 +111,11 @@ class SampleGeneration(Callback):
         """Drop the lines of steps after the one that this run starts from: they will come again."""
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.sampled_step
-        ]
-        if kept != lines:
-            write_text(self._path, "".join(kept))
+        # Not splitlines(): texts may hold other ends of lines, which JSON writes as they are.
+        *lines, torn = self._path.read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if json.loads(line)["step"] <= self.sampled_step]
+        if torn or kept != lines:
+            write_text(self._path, "".join(line + "\n" for line in kept))
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with isolate_rng():
@@ -134,7 +133,7 @@ class SampleGeneration(Callback):
 
     def _reference_answers(self, pl_module: L.LightningModule) -> list[Generation] | None:
         reference = getattr(pl_module, "reference", None)
-        if reference is None:
+        if reference is None or not reference.present:
             return None
         with reference.applied() as model:
             return self._answers(model, pl_module)

@@ -30,7 +30,12 @@ COMMANDS = {
         "launch.commands.plan:main", "what a config needs on a cluster, before anything is allocated"
     ),
     "generate": Command("launch.commands.generate:main", "answer a prompt, or chat"),
-    "evaluate": Command("launch.commands.evaluate:main", "score a model: `evaluate letters`"),
+    "evaluate": Command(
+        "launch.commands.evaluate:main", "score a model: `evaluate letters`, `reward`, `win-rate`"
+    ),
+    "pairs": Command(
+        "launch.commands.pairs:main", "make preference pairs: `pairs best-of-n`, `build`, `merge`, `show`"
+    ),
     "report": Command(
         "launch.commands.report:main", "write a run's report, or lay several runs over each other"
     ),
@@ -39,6 +44,14 @@ COMMANDS = {
     ),
     "inspect": Command(
         "launch.commands.inspect:main", "show how one example is tokenised and what is scored"
+    ),
+    "bench": Command("launch.commands.bench:main", "measure speed and memory beside TRL's"),
+    "cache-reference": Command(
+        "launch.commands.cache_reference:main", "compute the reference's log-probs once, for later runs"
+    ),
+    "scratch": Command(
+        "launch.commands.scratch:main",
+        "train small models from scratch, to try a recipe out: `scratch generator`",
     ),
     "export": Command("launch.commands.export:main", "merge an adapter into a Hugging Face model folder"),
 }
@@ -113,6 +126,10 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if name == "fit":
         # Until fit's handlers are there, which takes the libraries' imports, these signals wait.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(
+            here
+        )  # a class_path may name a user's own file; behind all else, so that it hides nothing
     module, function = COMMANDS[name].target.split(":")
     try:
         return getattr(importlib.import_module(module), function)(arguments)

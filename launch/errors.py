@@ -74,7 +74,7 @@ def describe(error: BaseException, files: Sequence[str] = ()) -> str:
         path += [*(option[1] or "").split("."), *option[2].split(".")]
         problem = "no such setting" + _near(option[2].split(".")[-1], classes, option[1])
     else:
-        problem = "; ".join(dict.fromkeys(_leaves(lines))) or lines[0]
+        problem = "; ".join(dict.fromkeys(_leaves(lines))) or _not_imported(lines) or lines[0]
     path = [part for part in path if part and part != "init_args"]
     place = (
         next((f"{file}: " for file in reversed(files) if holds(check_yaml(file), path)), "") if path else ""
@@ -112,6 +112,12 @@ def _leaves(lines: list[str]) -> Iterator[str]:
             yield f"{value!r} where {_wanted(expected[1])} is needed"
         else:
             yield f"{_wanted(expected[1])} is needed"
+
+
+def _not_imported(lines: list[str]) -> str | None:
+    """What a class_path could not be imported for, where that is all that is wrong."""
+    found = next((line.removeprefix("- ") for line in lines if "No module named" in line), None)
+    return None if found is None else re.sub(r'^Parser key "[^"]*": ?', "", found)
 
 
 def _wanted(kind: str) -> str:

@@ -29,6 +29,7 @@ from typing_extensions import override
 from callbacks.alarms import Alarms
 from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
 from callbacks.preemption import Preemption
+from callbacks.reward_evaluation import RewardEvaluation
 from callbacks.run_manifest import RunManifest
 from callbacks.sample_generation import SampleGeneration
 from callbacks.throughput import Throughput
@@ -50,6 +51,7 @@ from trainer.schema import UserError
 CALLBACKS: dict[str, type[L.Callback]] = {
     "checkpoint": ImprovedLossCheckpoint,
     "samples": SampleGeneration,
+    "reward_evaluation": RewardEvaluation,
     "throughput": Throughput,
     "alarms": Alarms,
     "manifest": RunManifest,
@@ -249,6 +251,8 @@ class TandemCLI(LightningCLI):
         left_out = {"manifest"} if dry else set()
         if not self.config.samples.prompts:
             left_out.add("samples")
+        if self.config.reward_evaluation.prompts is None:
+            left_out.add("reward_evaluation")
         named = [self.config_init[name] for name in CALLBACKS if name not in left_out]
         kept = [] if dry else [KeepConfig(self.parser, self.config, start)]
         return [*kept, *named, Announce(start.checkpoint)]

@@ -10,7 +10,16 @@ from trainer.schema import UserError
 
 PLACES = {"config", "run", "resume", "overwrite", "trainer.default_root_dir"}
 _WHAT = ("model.", "data.")
-_HOW = {"offline", "gradient_checkpointing", "workers", "num_workers"}
+_HOW = {
+    "offline",
+    "gradient_checkpointing",
+    "compile",
+    "workers",
+    "num_workers",
+    "cache",
+    "layout",
+    "token_budget",
+}
 """Settings of model and data that change no number of the run."""
 _NAMED = 3
 

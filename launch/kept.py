@@ -35,6 +35,8 @@ class KeepConfig(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if hasattr(pl_module, "run_folder"):
+            pl_module.run_folder = Path(trainer.default_root_dir)  # type: ignore[assignment]
         # Right after this hook Lightning has the loggers write down what they know.
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_hyperparams(

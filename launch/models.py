@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from launch.launchers import launched
 from launch.quiet import quiet
 from trainer.data.homoglyphs import INSTRUCTION
+from trainer.policy.devices import device_named
 from trainer.policy.folders import read_manifest, resolve
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
 from trainer.schema import UserError
@@ -47,7 +48,7 @@ def _load(given: Namespace) -> Answering:
         torch.set_num_threads(given.threads)
     config = _policy_config(given)
     fabric = join_ranks(given.device)
-    model = _sharded(config, fabric) if given.sharded else load_frozen(config)
+    model = sharded_model(config, fabric) if given.sharded else load_frozen(config)
     tokenizer = load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
     manifest = (
         read_manifest(resolve(given.adapter)) if given.adapter and resolve(given.adapter).is_dir() else None
@@ -65,7 +66,7 @@ def _load(given: Namespace) -> Answering:
     if given.adapter is None and Path(config.base).resolve() == TINY:
         template = INSTRUCTION
     if not given.sharded:
-        model.to(fabric.device if fabric else _device(given.device))  # type: ignore[arg-type]
+        model.to(fabric.device if fabric else device_named(given.device))  # type: ignore[arg-type]
     return Answering(model, tokenizer, template, description)
 
 
@@ -82,7 +83,7 @@ def join_ranks(device: str | None) -> Fabric | None:
         raise UserError(
             f"--device {device}: each of {devices * nodes} processes has its own; give cpu or cuda"
         )
-    kind = _device(device).type
+    kind = device_named(device).type
     fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp")
     fabric.launch()
     os.environ["LOCAL_RANK"] = str(fabric.local_rank)  # DeepSpeed asks for it, and `srun` does not set it
@@ -94,7 +95,7 @@ def is_first() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _sharded(config: PolicyConfig, fabric: Fabric | None) -> Any:
+def sharded_model(config: PolicyConfig, fabric: Fabric | None) -> Any:
     if fabric is None:
         raise UserError("--sharded: there is one process only; start several, with torchrun or srun")
     from trainer.policy.sharded import sharding
@@ -112,16 +113,6 @@ def _policy_config(given: Namespace) -> PolicyConfig:
     if given.adapter is not None:
         return saved_policy(given.adapter, given.base, **settings)
     return PolicyConfig(given.base or str(TINY), adapter=None, **settings)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: no such device; give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: there is no CUDA device here; give cpu")
-    return device
 
 
 def config_tokenizer(config: Any) -> PreTrainedTokenizerBase:

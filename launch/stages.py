@@ -25,7 +25,10 @@ _BUILT_IN = ("runs", "folder", "iteration", "previous")
 _HASHED_BYTES = 64 * 2**20
 _CODE = ("trainer", "callbacks", "launch")
 # What `tandem report` reads of each run in a folder.
-_REPORTED = ("manifest.json", "evaluation.json", "samples.jsonl", "metrics.csv", "events.out.tfevents*")
+_REPORTED = (
+    *("manifest.json", "evaluation.json", "reward.json", "win_rate.json", "scratch.json", "samples.jsonl"),
+    *("reward_evaluations.jsonl", "metrics.csv", "events.out.tfevents*"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +115,15 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: is no recipe; it should hold name and stages")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, skip={"path"}, as_group=False)
+    arguments, content = _without_arguments(path, content)
     try:
         read = parser.instantiate(parser.parse_object(content))
     except ArgumentError as error:
         raise UserError(f"{path}: {describe(error)}") from error
-    recipe = Recipe(**vars(read), path=str(path))
+    stages = [
+        dataclasses.replace(stage, arguments=own) for stage, own in zip(read.stages, arguments, strict=True)
+    ]
+    recipe = Recipe(**{**vars(read), "stages": stages}, path=str(path))
     names = [stage.name for stage in recipe.stages]
     if twice := next(
         (name for name in names if names.count(name) > 1 or name in {*recipe.names, *_BUILT_IN}), None
@@ -127,6 +134,21 @@ def load_recipe(path: Path) -> Recipe:
     if not recipe.stages:
         raise UserError(f"{path}: has no stages")
     return recipe
+
+
+def _without_arguments(path: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The stages' arguments, and the rest: jsonargparse would build an object of an argument that names a class."""
+    stages = content.get("stages")
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return [], content
+    arguments = [stage.get("arguments") or {} for stage in stages]
+    for number, each in enumerate(arguments):
+        if not isinstance(each, dict) or not all(isinstance(name, str) for name in each):
+            raise UserError(
+                f"{path}: stages.{number}.arguments: {each!r}; it should hold settings by their names"
+            )
+    bare = [{name: value for name, value in stage.items() if name != "arguments"} for stage in stages]
+    return arguments, {**content, "stages": bare}
 
 
 def plan(recipe: Recipe, settings: Mapping[str, str], output: Path | None = None) -> list[Step]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Caches of the tests do not outlive them; processes that tests start inherit the folder.
+if "TANDEM_CACHE" not in os.environ:
+    os.environ["TANDEM_CACHE"] = (_cache := tempfile.TemporaryDirectory(prefix="tandem-tests-")).name
 
 from jaxtyping import install_import_hook
 

@@ -37,6 +37,6 @@ def test_paths_exist(path: str) -> None:
 def test_commands_exist() -> None:
     from launch.cli import COMMANDS
 
-    assert set(re.findall(r"`tandem ([a-z]+)", README)) <= set(COMMANDS)
+    assert set(re.findall(r"`tandem ([a-z-]+)", README)) <= set(COMMANDS)
     for command in COMMANDS:
         assert f"tandem {command}" in README

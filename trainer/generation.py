@@ -1,5 +1,7 @@
 """Batched generation whose answers do not depend on the batch: greedy, or sampled with noise keyed by prompt.
 
+`generate` gives all answers, in the prompts' order; `answer_batches` each batch as it comes.
+
 Sampling is the Gumbel-max trick: the argmax of scores plus Gumbel noise is a draw from their softmax
 (Maddison, Tarlow and Minka 2014, "A* Sampling", section 2). The noise comes from one random stream for each
 (seed, prompt key, sample), so the same prompt gets the same answer in whatever batch, order, shard or rank it
@@ -13,7 +15,9 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -29,6 +33,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trainer.decoding import Decoder
 from trainer.policy.sharded import is_sharded
 from trainer.provenance import sha256_text
 from trainer.schema import UserError
@@ -78,6 +83,11 @@ class Generation:
     finished: bool
 
 
+T = TypeVar("T")
+Answered = list[tuple[int, Generation]]
+"""Answers, each with its prompt's number."""
+
+
 class GumbelNoise(LogitsProcessor):
     """Adds to each row's scores the next Gumbel(0, 1) draws of that row's own stream.
 
@@ -85,12 +95,15 @@ class GumbelNoise(LogitsProcessor):
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self.streams = [torch.Generator().manual_seed(int(sha256_text(key)[:15], 16)) for key in keys]
+        self.streams = [np.random.Generator(np.random.SFC64(int(sha256_text(key), 16))) for key in keys]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         noise = torch.empty(scores.shape, dtype=torch.float32)
+        # NumPy's draws take a fifth of the time of torch's. In double: of single ones one in ten million is zero, and a
+        # vocabulary has so many tokens that one of them would win by it every few hundred steps.
+        drawn = np.empty(scores.shape[-1])
         for row, stream in zip(noise, self.streams, strict=True):
-            row.exponential_(generator=stream)
+            row.copy_(torch.from_numpy(stream.standard_exponential(out=drawn)))
         gumbel = noise.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
         return scores + gumbel.to(scores.device)  # type: ignore[return-value]
 
@@ -103,6 +116,7 @@ def generate(
     keys: Sequence[str] | None = None,
     batch_size: int = 32,
     progress: bool = False,
+    continuing: bool = False,
 ) -> list[Generation]:
     """Answer each prompt (token ids, BOS included), in the order given.
 
@@ -111,32 +125,56 @@ def generate(
     repetition penalties and sampling defaults that a hub model ships are left out, so that the answers are
     the model's own distribution. Near the model's last position an answer is shorter than `max_new_tokens`.
     Where a process group is up, every rank must call this with the same prompts: the batches are dealt out among
-    the ranks, and every rank returns all answers. Raises `UserError` for an empty prompt and for one that leaves no
-    position for an answer.
+    the ranks, and every rank returns all answers. `continuing`: prompts are plain text, and an answer's text goes on
+    where its prompt ends. Raises `UserError` for an empty prompt and for one that leaves no position for an answer.
+    """
+    batches = answer_batches(
+        model, tokenizer, prompts, sampling, keys, batch_size, progress, continuing=continuing
+    )
+    found = _of_all_ranks([answer for batch in batches for answer in batch])
+    return [found[index] for index in range(len(prompts))]
+
+
+def answer_batches(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    keys: Sequence[str] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    together: int = 1,
+    continuing: bool = False,
+) -> Iterator[Answered]:
+    """As `generate`, a batch at a time as it comes: what a caller has kept, a kill does not take.
+
+    A batch holds prompts of like length, not the next in the order given, so each answer has its prompt's number.
+    Where a process group is up, every rank must call this with the same prompts, and gets the answers of its own
+    batches alone. `together`: so many prompts in a row belong to each other (samples of one prompt, say) and come in
+    one batch, on one rank; where they are more than `batch_size` their batch takes several forwards.
     """
     if keys is not None and len(keys) != len(prompts):
         raise UserError(f"generate: {len(keys)} keys for {len(prompts)} prompts; give one for each, or none")
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} is not possible; give 1 or more")
+    assert len(prompts) % together == 0
     inner = _inner(model)
     rooms = _rooms(inner, prompts, sampling.max_new_tokens, keys)
-    noise_keys = _noise_keys(prompts, keys, sampling.seed)
     stops = stop_ids(inner, tokenizer)
-    answers: dict[int, Generation] = {}
-    batches = _dealt(list(_batches(prompts, rooms, batch_size)), even=_is_sharded(inner))
-    own = sum(len(batch) for batch, _ in batches)
-    bar = tqdm(total=own, desc="generating", unit="prompt", disable=not progress)
-    with _as_it_stands(inner), bar:
-        for batch, room in batches:
-            processors = _processors(sampling, [noise_keys[index] for index in batch])
-            rows = [prompts[index] for index in batch]
-            new = _answer_batch(inner, rows, stops, _pad_id(tokenizer, stops), room, processors)
-            answers |= {
-                index: _trim(ids, stops, tokenizer) for index, ids in zip(batch, new.tolist(), strict=True)
-            }
-            bar.update(len(batch))
-    answers = _of_all_ranks(answers)
-    return [answers[index] for index in range(len(prompts))]
+    noise_keys = _noise_keys(prompts, keys, sampling.seed)
+    decode = Decoder(tokenizer, continuing)
+    answering = _Answering(inner, tokenizer, decode, stops, sampling, prompts, noise_keys)
+    batches = _dealt(list(_batches(prompts, rooms, batch_size, together)), even=_is_sharded(inner))
+    own = sum(len(batch) for batch, _, fresh in batches if fresh)
+    with tqdm(total=own, desc="generating", unit="prompt", disable=not progress) as bar:
+        for batch, room, fresh in batches:
+            # Between two batches the model stands as its owner left it.
+            with _as_it_stands(inner):
+                parts = [batch[start : start + batch_size] for start in range(0, len(batch), batch_size)]
+                found = [answer for part in parts for answer in answering(part, room)]
+            if fresh:
+                bar.update(len(batch))
+                yield found
 
 
 def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -185,18 +223,32 @@ def _noise_keys(prompts: Sequence[list[int]], keys: Sequence[str] | None, seed: 
     return noise_keys
 
 
+class _Batch(NamedTuple):
+    """Numbers of prompts, how many new tokens each may have, and whether no other rank answers them, too."""
+
+    indices: list[int]
+    room: int
+    fresh: bool = True
+
+
 def _batches(
-    prompts: Sequence[list[int]], rooms: Sequence[int], batch_size: int
-) -> Iterator[tuple[list[int], int]]:
-    """Prompts of like length together, and only prompts with the same room: an answer's limit is its own."""
-    order = sorted(range(len(prompts)), key=lambda index: (-rooms[index], len(prompts[index]), index))
+    prompts: Sequence[list[int]], rooms: Sequence[int], batch_size: int, together: int = 1
+) -> Iterator[_Batch]:
+    """Prompts of like length together, and only prompts with the same room: an answer's limit is its own.
+
+    Groups of `together` prompts (which are the same) are not parted.
+    """
+    firsts = range(0, len(prompts), together)
+    order = sorted(firsts, key=lambda index: (-rooms[index], len(prompts[index]), index))
+    groups = max(batch_size // together, 1)
     for room, members in itertools.groupby(order, key=lambda index: rooms[index]):
-        group = list(members)
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size], room
+        alike = list(members)
+        for start in range(0, len(alike), groups):
+            part = alike[start : start + groups]
+            yield _Batch([index for first in part for index in range(first, first + together)], room)
 
 
-def _dealt(batches: list[tuple[list[int], int]], even: bool) -> list[tuple[list[int], int]]:
+def _dealt(batches: list[_Batch], even: bool) -> list[_Batch]:
     """This rank's batches.
 
     `even`: all ranks go along in every round, so that each has as many batches, some of them a second time, and the
@@ -206,21 +258,28 @@ def _dealt(batches: list[tuple[list[int], int]], even: bool) -> list[tuple[list[
         return batches
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     if not even:
-        return batches[rank::ranks]
+        return of_this_rank(batches)
     own = []
-    for _, members in itertools.groupby(batches, key=lambda batch: batch[1]):
+    for _, members in itertools.groupby(batches, key=lambda batch: batch.room):
         group = list(members)
-        group += group[:1] * (-len(group) % ranks)
+        group += [group[0]._replace(fresh=False)] * (-len(group) % ranks)
         own += group[rank::ranks]
     return own
 
 
-def _of_all_ranks(answers: dict[int, Generation]) -> dict[int, Generation]:
+def of_this_rank(items: list[T]) -> list[T]:
+    """This rank's share of what is dealt out among the ranks; all of it where this is the only one."""
     if not _in_group():
-        return answers
-    gathered: list[dict[int, Generation]] = [{} for _ in range(torch.distributed.get_world_size())]
+        return items
+    return items[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def _of_all_ranks(answers: Answered) -> dict[int, Generation]:
+    if not _in_group():
+        return dict(answers)
+    gathered: list[Answered] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, answers)
-    return {index: answer for part in gathered for index, answer in part.items()}
+    return {index: answer for part in gathered for index, answer in part}
 
 
 def _in_group() -> bool:
@@ -229,6 +288,29 @@ def _in_group() -> bool:
 
 def _is_sharded(model: PreTrainedModel) -> bool:
     return any(map(is_sharded, model.parameters()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answering:
+    """A model with its prompts: answers those of these numbers in one forward for each token."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decode: Decoder
+    stops: list[int]
+    sampling: Sampling
+    prompts: Sequence[list[int]]
+    noise_keys: list[str]
+
+    def __call__(self, indices: list[int], room: int) -> Answered:
+        processors = _processors(self.sampling, [self.noise_keys[index] for index in indices])
+        rows = [self.prompts[index] for index in indices]
+        pad = _pad_id(self.tokenizer, self.stops)
+        new = _answer_batch(self.model, rows, self.stops, pad, room, processors).tolist()
+        return [
+            (index, _trim(ids, self.stops, self.decode, self.prompts[index]))
+            for index, ids in zip(indices, new, strict=True)
+        ]
 
 
 def _processors(sampling: Sampling, noise_keys: list[str]) -> LogitsProcessorList:
@@ -272,11 +354,10 @@ def _answer_batch(
     return output[:, width:]
 
 
-def _trim(ids: list[int], stops: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+def _trim(ids: list[int], stops: list[int], decode: Decoder, prompt: Sequence[int]) -> Generation:
     end = next((place for place, token in enumerate(ids) if token in stops), None)
     kept = ids[:end]
-    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generation(kept, str(text), end is not None)
+    return Generation(kept, decode(kept, prompt), end is not None)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from trainer.checkpoint import rng_state, set_rng_state
+from trainer.checkpoint import recount_forwards, rng_state, set_rng_state
 from trainer.metrics import PREFERENCE_METRICS, SUPERVISED_METRICS, Means
 from trainer.objectives import ObjectiveConfig, accuracies, preference_loss, rewards
 from trainer.optimization import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
@@ -32,7 +32,9 @@ from trainer.policy.load import (
     load_tokenizer,
 )
 from trainer.policy.logprobs import completion_token_logps, pair_logps
+from trainer.policy.packed_rows import PackedRows
 from trainer.policy.reference import Reference, ReferenceConfig, build_reference
+from trainer.policy.reference_hooks import ReferenceHooks
 from trainer.policy.sharded import drop_gradients, gradient_norm_share
 from trainer.policy.state import count_parameters, load_trained_state, trained_state
 from trainer.schema import PairLogps, PreferenceBatch, SupervisedBatch, UserError
@@ -50,6 +52,7 @@ class AlignmentModule(L.LightningModule):
     Attributes:
         policy: the model that is trained; there from `configure_model` on.
         step_metrics: the last optimizer step's metrics without their `train/` prefix, on every rank.
+        packed_rows: batches in a layout that the policy can take.
         skipped_steps: steps whose loss or gradient was not finite, and which therefore changed nothing.
         requests: what this rank asks of all: `stop` or `requeue`, each 0 or a signal's number. Handlers write it.
         agreed: the same as of the last optimizer step: not 0 where any rank had asked. Equal on every rank.
@@ -78,6 +81,7 @@ class AlignmentModule(L.LightningModule):
         self.skipped_steps = 0
         self.requests = dict.fromkeys(REQUESTS, 0)
         self.agreed = dict.fromkeys(REQUESTS, 0)
+        self.packed_rows = PackedRows(policy.base, cast(int, self.tokenizer.pad_token_id))
         self._taken: list[tuple[Tensor, Any]] = []
         self._resumed_rng: dict[str, Any] | None = None
         self._step, self._validation = Means(metrics), Means(metrics)
@@ -146,11 +150,16 @@ class AlignmentModule(L.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.packed_rows.understood(batch)
         loss, sums = self.losses(batch)
         if batch.share.example_weight:
             self._step.update(sums)
         self._taken.append((loss.detach(), batch))
         return loss
+
+    def _on_any_rank(self, here: bool) -> bool:
+        count = torch.tensor(float(here), device=self.device)
+        return float(cast(Tensor, self.trainer.strategy.reduce(count, reduce_op="sum"))) > 0
 
     def losses(self, batch: Any) -> tuple[Tensor, Sums]:
         """The weighted loss of a micro-batch, and its metrics as (sum, count)."""
@@ -161,7 +170,9 @@ class AlignmentModule(L.LightningModule):
         """The step's one small collective, before anything is stepped into the weights."""
         _, batch = self._taken[-1]
         if not batch.share.last:
-            return  # under DeepSpeed Lightning calls this for each micro-batch
+            # Under DeepSpeed Lightning calls this for each micro-batch; else it would step with half a step's gradient.
+            assert self.trainer.strategy.handles_gradient_accumulation
+            return
         parameters = [p for p in self.parameters() if p.requires_grad]
         own = self._step.totals.clone()
         sums, norm = self._agree(own, gradient_norm_share(parameters, self.trainer.world_size))
@@ -214,6 +225,7 @@ class AlignmentModule(L.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = self.packed_rows.understood(batch)
         _, sums = self.losses(batch)
         if batch.share.example_weight:
             self._validation.update(sums)
@@ -234,10 +246,12 @@ class AlignmentModule(L.LightningModule):
             "prompt_template": getattr(getattr(self.trainer, "datamodule", None), "prompt_template", None),
         }
 
+        checkpoint["tandem"]["forwards_each_step"] = self.trainer.accumulate_grad_batches
         checkpoint["rng"] = self._rng_of_all_ranks()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        recount_forwards(checkpoint, self.trainer.accumulate_grad_batches)
         self._check_base(checkpoint.get("tandem", {}).get("base"))
         # Set at the first batch, not now: what Lightning does in between may draw from the generators.
         states = checkpoint.get("rng", [])
@@ -256,6 +270,12 @@ class AlignmentModule(L.LightningModule):
         if self._resumed_rng is not None:
             set_rng_state(self._resumed_rng)
             self._resumed_rng = None
+        # Ahead of DeepSpeed's own forward, which records the modules that run in it.
+        self.packed_rows.try_on(self.policy, batch, self._on_any_rank)
+
+    @override
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.packed_rows.try_on(self.policy, batch, self._on_any_rank)
 
     def _rng_of_all_ranks(self) -> list[dict[str, Any]]:
         states: list[Any] = [rng_state()]
@@ -283,10 +303,11 @@ class AlignmentModule(L.LightningModule):
             "optimizer": dataclasses.asdict(self.optimizer_config),
             "schedule": dataclasses.asdict(self.schedule_config),
             "parameters": dataclasses.asdict(count_parameters(self.policy)),
+            "forward": self.packed_rows.describe(self.policy, self.device),
         }
 
 
-class PreferenceModule(AlignmentModule):
+class PreferenceModule(ReferenceHooks, AlignmentModule):
     """A policy aligned with preferences against a frozen reference (DPO and its relatives).
 
     Args:
@@ -314,7 +335,9 @@ class PreferenceModule(AlignmentModule):
         super().configure_model()
         if self.reference is None:
             assert self.policy is not None
-            self.reference = build_reference(self.reference_config, self.policy_config, self.policy)
+            self.reference = build_reference(
+                self.reference_config, self.policy_config, self.policy, self.examples()
+            )
 
     @override
     def losses(self, batch: PreferenceBatch) -> tuple[Tensor, Sums]:

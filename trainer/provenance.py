@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,15 @@ PACKAGES = (
     "jsonargparse",
 )
 _CODE = ("trainer", "callbacks", "launch")
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says where a file cannot grow: no room, a quota, a limit on the file's size."""
+
+
+def cache_folder() -> Path:
+    """Where caches that outlive a run lie: `TANDEM_CACHE`, or `~/.cache/tandem`."""
+    return Path(os.environ.get("TANDEM_CACHE") or "~/.cache/tandem").expanduser()
 
 
 def versions() -> dict[str, str]:

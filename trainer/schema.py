@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,28 +37,40 @@ Text = str | Sequence[Message]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the completion to imitate. `origin` says where it stood (file and row), for messages."""
+    """A prompt and the completion to imitate. `origin` says where it stood (file and row), for messages.
+
+    A completion that was cut (`finished` false) did not end: no EOS is put behind it.
+    """
 
     prompt: Text
     completion: Text
     id: str
     origin: str = ""
+    finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt and two completions, of which `chosen` is the better. `origin` says where it stood."""
+    """A prompt and two completions, of which `chosen` is the better. `origin` says where it stood.
+
+    A completion that was cut (`..._finished` false) did not end: no EOS is put behind it.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
     id: str
     origin: str = ""
+    chosen_finished: bool = True
+    rejected_finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenizedDemonstration:
-    """`prompt` opens with BOS (where the tokenizer has one), `completion` closes with EOS unless it was cut."""
+    """`prompt` opens with BOS (where the tokenizer has one), `completion` closes with EOS unless it was cut.
+
+    It was cut where the record says so (`finished`), or by `Limits`.
+    """
 
     prompt: list[int]
     completion: list[int]
@@ -85,12 +97,35 @@ class TokenizedPreference:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
+class Segment(NamedTuple):
+    """One example in a packed row: its prompt's tokens, then each completion's, back to back from column `start`.
+
+    Every completion follows the prompt in position and in what it sees; completions do not see each other.
+    """
+
+    row: int
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Columns that it takes."""
+        return self.prompt + sum(self.completions)
+
+
 @dataclasses.dataclass
 class Rows:
     """What one forward pass reads, whatever the layout.
 
-    The hidden state at flat position `scored_positions[i]` (row * time + column) predicts `scored_tokens[i]`,
-    which belongs to completion `scored_sequence[i]` of `sequences`.
+    Without `segments` each row is one sequence, padded at its end. With them rows hold several examples side by side,
+    and attention has to keep them apart.
+
+    The hidden state at flat position `scored_positions[i]` (row * time + column) predicts `scored_tokens[i]`, which
+    belongs to completion `scored_sequence[i]` of `sequences`.
+
+    Raises:
+        ValueError: positions that begin anew within a row without segments.
     """
 
     input_ids: Int[Tensor, "row time"]
@@ -101,6 +136,16 @@ class Rows:
     scored_sequence: Int[Tensor, " scored"]
     sequences: int
     tokens: int
+    segments: tuple[Segment, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # transformers takes positions that begin anew for packed sequences where there is no mask, and computes others.
+        if self.segments is None and self.position_ids.shape[1] > 1:
+            anew = (self.position_ids[:, 1:] <= self.position_ids[:, :-1]) & (self.attention_mask[:, 1:] != 0)
+            if bool(anew.any()):
+                raise ValueError(
+                    "positions begin anew within a row that has no segments; say where they stand"
+                )
 
 
 @dataclasses.dataclass
@@ -119,12 +164,16 @@ class StepShare:
 
 @dataclasses.dataclass
 class PreferenceBatch:
-    """`rows.sequences` is 2 * pairs: the chosen completions first, then the rejected ones in the same order."""
+    """`rows.sequences` is 2 * pairs: the chosen completions first, then the rejected ones in the same order.
+
+    `keys` stand for the pairs' token ids, 16 bytes each, whatever the batch and layout.
+    """
 
     rows: Rows
     pairs: int
     ids: list[str]
     share: StepShare
+    keys: list[bytes] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

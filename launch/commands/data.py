@@ -66,7 +66,7 @@ def _look(name: str, column: str, limit: int | None) -> str:
 
 def _pairs(name: str, column: str, limit: int | None) -> Loaded:
     """The pairs that the letters task makes of a file's texts, all of them."""
-    from launch.commands.evaluate import read_all
+    from launch.commands.evaluate_letters import read_all
     from trainer.data.homoglyphs import INSTRUCTION, substitute
     from trainer.data.sources import Loaded, TextRow, unique_texts
     from trainer.evaluation.letters import language

@@ -3,10 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from typing import Literal
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
+
+from trainer.schema import UserError
+
+
+class Kind(NamedTuple):
+    """One of several that a command can do: where its `main(arguments) -> int` lies, and what it does."""
+
+    target: str
+    told: str
+
+
+def dispatch(command: str, kinds: Mapping[str, Kind], arguments: Sequence[str]) -> int:
+    """Run the kind that the next word names; returns the exit status. Raises `UserError` for another word."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, kinds))
+        print(f"usage: tandem {command} KIND [...]\n\nkinds:")
+        print("\n".join(f"  {name:<{width}}  {kind.told}" for name, kind in kinds.items()))
+        print(f"\n`tandem {command} KIND --help` shows its settings.")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(kinds)}"
+        raise UserError(f"{command} {name}: no such kind; {hint}")
+    module, function = kinds[name].target.split(":")
+    status: int = getattr(importlib.import_module(module), function)(rest)
+    return status
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The settings that arguments and config files give; a `UserError` names the file, the key and what is wrong."""
+    from launch.errors import check_yaml, config_files, describe, user_error_in
+
+    files = config_files(arguments)
+    for file in files:
+        check_yaml(file)
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise user_error_in(error) or UserError(describe(error, files)) from error
+
+
+def instantiated(parser: ArgumentParser, given: Namespace) -> Namespace:
+    """The settings with their objects built; what a class refuses is a `UserError`."""
+    from launch.errors import describe, user_error_in
+
+    try:
+        return parser.instantiate(given)
+    except ArgumentError as error:
+        raise user_error_in(error) or UserError(describe(error)) from error
 
 
 class Formatter(argparse.HelpFormatter):

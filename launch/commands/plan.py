@@ -137,6 +137,7 @@ def _cluster_size(given: Any, trainer: Any) -> tuple[int, int]:
 
 
 def _job(given: Any, config: Any, gpus: int) -> Any:
+    from trainer.data.sampler import AUTO_BUDGET
     from trainer.optimization import OptimizerConfig
     from trainer.planning.job import Job
     from trainer.policy.load import AdapterConfig, PolicyConfig
@@ -163,6 +164,8 @@ def _job(given: Any, config: Any, gpus: int) -> Any:
         strategy=strategy,
         zero=zero,
         matmul=config.float32_matmul,
+        layout=data.layout,
+        token_budget=AUTO_BUDGET["accelerator"] if data.token_budget == "auto" else data.token_budget,
     )
 
 

@@ -61,7 +61,7 @@ def _heading(plan: Plan) -> str:
         f" reference {reference}"
         + (f", {counts.reference:,} more" if counts.reference else "")
         + f"\n{cluster.gpus} GPU{'s' * (cluster.gpus > 1)} on {cluster.nodes} node{'s' * (cluster.nodes > 1)},"
-        f" {job.strategy}; a step is {job.batch_size} {what}: {job.accumulate} x {at_once} on each GPU,"
+        f" {job.strategy}; a step is {job.batch_size} {what}: {job.forwards(cluster.gpus)} x {at_once} on each GPU,"
         f" rows of {job.tokens} tokens, {job.completion} scored"
     )
 

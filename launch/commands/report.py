@@ -22,6 +22,14 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Folders of runs.")
     made.add_argument("--output", type=str | None, metavar="DIR", help="Folder for the report.")
+    made.add_argument(
+        "--names",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="What several runs are called, in their order. Default: as their folders are.",
+    )
     return made
 
 
@@ -34,11 +42,16 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{folder}: no such folder; give the folder of a run or of a recipe's runs")
     if len(folders) > 1 and given.output is None:
         raise UserError("--output DIR is needed for the report of several runs")
+    if given.names and (len(folders) < 2 or len(given.names) != len(folders)):
+        raise UserError(
+            f"--names {' '.join(given.names)}: should be one name for each of several runs, and there"
+            f" {'is one run' if len(folders) == 1 else f'are {len(folders)} runs'}"
+        )
     from trainer.evaluation.letters import published_scores
     from trainer.report.collect import collect, overlay, write_report
 
     reports = [collect(folder, **told(folder), published=published_scores()) for folder in folders]
-    paths = write_report(overlay(reports), given.output or folders[0])
+    paths = write_report(overlay(reports, given.names), given.output or folders[0])
     print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
     print(paths[-1])
     return 0

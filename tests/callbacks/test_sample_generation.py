@@ -112,3 +112,16 @@ def test_a_resumed_run_writes_each_step_once(tmp_path: Path, tiny_llama: Path) -
 def test_misconfigured(tmp_path: Path, tiny_llama: Path, settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         fit(trainer(tmp_path, SampleGeneration(**settings)), LanguageModule(tiny_llama), [1.0])
+
+
+def test_texts_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "a\u2029b", "a\x85b"]
+    lines = [
+        json.dumps({"step": step, "policy": text}, ensure_ascii=False) for step, text in enumerate(texts)
+    ]
+    callback = SampleGeneration(PROMPTS)
+    callback._path, callback.sampled_step = tmp_path / "samples.jsonl", 1
+    callback._path.write_text("\n".join(lines) + '\n{"step": 1, "pol', encoding="utf-8")
+    callback._rewind()
+    kept = callback._path.read_text(encoding="utf-8").split("\n")
+    assert kept == [*lines[:2], ""]

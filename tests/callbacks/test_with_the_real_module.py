@@ -36,7 +36,7 @@ def whole_run(
         Alarms(every_n_steps=2),
         # Before SampleGeneration, as a configuration's callbacks stand; its last samples must not change.
         EarlyStopping(mode="max", patience=9, restore_best=True),
-        *([SampleGeneration(["so cold"], 2, Sampling(max_new_tokens=4, do_sample=True))] if samples else []),
+        *([SampleGeneration(["so cold"], 2, Sampling(max_new_tokens=12, do_sample=True))] if samples else []),
         ImprovedLossCheckpoint(monitor="val/loss", mode="max", keep=-1, save_steps=1),
         *extra,
     ]
@@ -77,7 +77,7 @@ def test_the_module_ends_with_the_best_weights(whole: Run, tiny_llama: Path) -> 
 
 
 def test_the_last_samples_are_of_the_last_steps_weights(whole: Run, tiny_llama: Path) -> None:
-    tokenizer, sampling = whole.module.tokenizer, Sampling(max_new_tokens=4, do_sample=True)
+    tokenizer, sampling = whole.module.tokenizer, Sampling(max_new_tokens=12, do_sample=True)
     prompt = tokenize_prompt(INSTRUCTION.format(text="so cold"), tokenizer)
     answers = {
         name: generate(peft_model(whole, tiny_llama, name), tokenizer, [prompt], sampling, keys=["so cold"])

@@ -71,6 +71,9 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
         poison(module, **settings["nan"])
     shares, errors = Shares(), Errors()
     watchers = [SaveAt(folder, settings["save"])] if "save" in settings else []
+    counted = ReferenceForwards()
+    if "counted" in settings:
+        watchers.append(counted)
     if "scale" in settings:
         watchers.append(MovedScale(settings["scale"]))
     if "prompts" in settings:
@@ -119,6 +122,8 @@ def made(settings: dict[str, Any], ranks: int, folder: Path) -> dict[str, Any] |
         "trained": history.trained,
         "shares": shares.seen,
         "skipped": module.skipped_steps,
+        "forwards": counted.seen,
+        "log_probs": module.reference.describe()["log_probs"] if settings["task"] != "sft" else None,
         "errors": said,
         "seen": {type(watcher).__name__: getattr(watcher, "seen", None) for watcher in watchers},
         "samples": samples_of(folder) if "prompts" in settings else [],
@@ -185,6 +190,22 @@ class Errors(logging.Handler):
         return [line for lines in gathered for line in lines]
 
 
+class ReferenceForwards(L.Callback):
+    """Counts how often the reference's model is asked on this rank."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        applied = pl_module.reference.applied
+
+        def counted() -> Any:
+            self.seen += 1
+            return applied()
+
+        pl_module.reference.applied = counted
+
+
 class MovedScale(L.Callback):
     """Moves one trained scale and looks at the log-probs before and after, as training starts."""
 
@@ -242,11 +263,14 @@ def parts(settings: dict[str, Any]) -> tuple[Any, Any]:
     schedule = ScheduleConfig(**settings.get("schedule", {}))
     if settings["task"] == "sft":
         module: Any = SupervisedModule(policy, optimizer, schedule)
-        return module, SupervisedData(Records(demonstrations(20), demonstrations(7, seed=1)), batch_size=8)
+        records = Records(demonstrations(20), demonstrations(7, seed=1))
+        return module, SupervisedData(records, batch_size=8, **settings.get("data", {}))
     objective = ObjectiveConfig(nll_weight=1.0 if settings["task"] == "dpo+nll" else 0.0)
-    reference = ReferenceConfig(kind=settings.get("reference", "shared"))
+    reference = ReferenceConfig(settings.get("reference", "shared"), cache=settings.get("cache", "auto"))
     module = PreferenceModule(policy, objective, reference, optimizer, schedule)
-    return module, PreferenceData(Records(preferences(20), preferences(7, seed=1)), batch_size=8)
+    module.run_folder = Path(settings["run"]) if "run" in settings else None
+    records = Records(preferences(20), preferences(7, seed=1))
+    return module, PreferenceData(records, batch_size=8, **settings.get("data", {}))
 
 
 class Shares(L.Callback):

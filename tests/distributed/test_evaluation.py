@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.commands.evaluate import letters, parser
+from launch.commands.evaluate_letters import letters, parser
 from tests.launch.helpers import fit_config, tandem
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -170,7 +170,7 @@ def test_a_checkpoint_goes_from_strategy_to_strategy(seen) -> None:
     _assert_same_weights(seen["ddp-to-zero3"], whole)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(seen, tiny_llama, folder, tmp_path, ranks) -> None:
     """Three ranks do not divide the tensors evenly."""
     base, whole = str(tiny_llama), seen["ia3"]

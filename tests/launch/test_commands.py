@@ -103,7 +103,7 @@ def test_evaluate_letters_writes_rates_intervals_and_examples(trained, tmp_path,
 
 
 def test_evaluation_texts_of_a_source_are_never_trained_on(trained, tmp_path):
-    from launch.commands.evaluate import held_out
+    from launch.commands.evaluate_letters import held_out
     from trainer.pairs.substitution import Letters
 
     texts = trained[1].parent / "texts.yaml"
@@ -117,7 +117,7 @@ def test_evaluation_texts_of_a_source_are_never_trained_on(trained, tmp_path):
 
 
 def test_a_config_s_evaluation_texts_follow_its_own_shares(trained, tmp_path):
-    from launch.commands.evaluate import held_out
+    from launch.commands.evaluate_letters import held_out
     from trainer.pairs.substitution import Letters
 
     _, config = trained
@@ -144,7 +144,7 @@ def test_a_config_s_evaluation_texts_follow_its_own_shares(trained, tmp_path):
 
 
 def test_sources_of_one_language_are_evaluated_and_shown(tmp_path, capsys):
-    from launch.commands.evaluate import held_out
+    from launch.commands.evaluate_letters import held_out
 
     lines, texts = tmp_path / "ru.txt", tmp_path / "texts.yaml"
     lines.write_text("".join(f"сорок сорок {i}\n" for i in range(100)), encoding="utf-8")

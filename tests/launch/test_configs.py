@@ -12,23 +12,44 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.building import build
 from launch.cli import main
-from launch.commands.evaluate import parser as evaluation
+from launch.commands import evaluate_reward as reward_command
+from launch.commands import evaluate_win_rate as win_rate_command
+from launch.commands import pairs as pairs_command
+from launch.commands import scratch as scratch_command
+from launch.commands.evaluate_letters import parser as evaluation
 from launch.errors import check_yaml
 from launch.fit import TandemCLI
 from launch.sources import text_source
 from launch.stages import load_recipe, plan
 from tests.launch.helpers import ROOT
-from trainer.data.sources import HubTexts, TextSource
+from trainer.data.sources import HubTexts, Source, TextSource
+from trainer.judges import Judge
+from trainer.pairs.prompts import PromptSource
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 RECIPES = [path for path in FILES if "stages" in (check_yaml(path) or {})]
 TEXTS = [path for path in FILES if path.name.endswith("texts.yaml")]
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
-STAGES = [path for path in FILES if "model" in (check_yaml(path) or {})]
+STAGES = [path for path in FILES if {"model", "data"} <= {*(check_yaml(path) or {})}]
+LETTERS = [path for path in STAGES if path.parent.name == "letters"]
 # Read by launch/train_base.py, not by `fit`.
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+COMMANDS = {
+    "imdb/*pairs*.yaml": lambda: pairs_command.build_parser("best-of-n"),
+    "imdb/*evaluation*.yaml": reward_command.parser,
+    "hh_rlhf/win_rate.yaml": win_rate_command.parser,
+    "*/tiny_generator.yaml": lambda: scratch_command.model_parser("generator"),
+    "*/tiny_reward.yaml": lambda: scratch_command.model_parser("classifier"),
+}
+"""Configs of other commands, and the parser that reads them."""
+OF_COMMANDS = {path: parser for sign, parser in COMMANDS.items() for path in sorted(CONFIGS.glob(sign))}
+CLASSES = {"judges/*.yaml": Judge, "hh_rlhf/rows.yaml": Source, "imdb/*prompts.yaml": PromptSource}
+"""Objects that other configs name by their file, and what they are."""
+_OTHERS = {path: kind for sign, kind in CLASSES.items() for path in sorted(CONFIGS.glob(sign))}
+OF_CLASSES = {path: kind for path, kind in _OTHERS.items() if path not in OF_COMMANDS}
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -46,14 +67,30 @@ def _in_the_checkout():
 
 
 def test_every_file_is_of_a_known_kind():
-    assert sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS]) == FILES
+    assert sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS, *OF_COMMANDS, *OF_CLASSES]) == FILES
+
+
+@pytest.mark.parametrize("file", named([*OF_COMMANDS]))
+def test_configs_of_other_commands(file):
+    given = OF_COMMANDS[ROOT / file]().parse_args(["--config", file, "--output", "out"])
+    for key in check_yaml(file):
+        assert key in given
+
+
+@pytest.mark.parametrize("file", named([*OF_CLASSES]))
+def test_files_that_name_a_class(file):
+    assert isinstance(build(OF_CLASSES[ROOT / file], check_yaml(file), file), OF_CLASSES[ROOT / file])
 
 
 @pytest.mark.parametrize("file", named(STAGES))
 def test_stage_configs(file):
     cli = parsed(file)
-    data = cli.data_only()
-    assert data.batch_size == cli.config.data.init_args.batch_size
+    assert cli.data_only().batch_size == cli.config.data.init_args.batch_size
+
+
+@pytest.mark.parametrize("file", named(LETTERS))
+def test_stages_of_letters(file):
+    data = parsed(file).data_only()
     assert data.source.prompt_template == "Repeat: {text}\n"
     assert isinstance(data.source.texts, TextSource)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tests.planning.real import job_for
-from trainer.data.layout import concatenated
+from trainer.data.layout import concatenated, prefix_shared
 from trainer.module import PreferenceModule
 from trainer.optimization import build_optimizer
 from trainer.policy.reference import ReferenceConfig
@@ -33,7 +33,8 @@ def growth(settings: dict[str, Any]) -> dict[str, int]:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pairs = [_pair(job.tokens - job.completion - (row % 2), job.completion) for row in range(job.batch_size)]
-    batch = concatenated(pairs, 0, StepShare(1.0, 1.0, True))
+    lay = prefix_shared if job.layout == "prefix_shared" else concatenated
+    batch = lay(pairs, 0, StepShare(1.0, 1.0, True))
     before = resident()
     module = PreferenceModule(job.policy, reference=job.reference, optimizer=job.optimizer)
     module.configure_model()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.layout import padded_rows
+from trainer.data.layout import packed_row, padded_rows
 from trainer.optimization import OptimizerConfig
 from trainer.planning.job import Job
 from trainer.planning.plan import Planner
@@ -36,15 +36,18 @@ def job_for(base: Path, **changes: Any) -> Job:
 
 def planner_for(job: Job) -> Planner:
     """A planner for the shape of the job's base."""
-    return Planner(read_config(job.policy.base, job.policy))
+    return Planner(read_config(job.policy.base, job.policy), accelerator=False)
 
 
-def saved_bytes(job: Job, rows: int) -> int:
+def saved_bytes(job: Job, examples: int) -> int:
     """Bytes of the storages that a real forward keeps for its backward, parameters and inputs aside."""
     policy = load_policy(job.policy)
-    # Rows of unequal length, as they come: padding makes transformers keep a mask.
     completion, prompt = list(range(5, 5 + job.completion)), list(range(30, 30 + job.tokens - job.completion))
-    batch = padded_rows([(prompt[row:], completion) for row in range(rows)], 0)
+    if job.layout == "prefix_shared":
+        batch = packed_row([(prompt, [completion] * job.completions)] * examples)
+    else:
+        # Rows of unequal length, as they come: padding makes transformers keep a mask.
+        batch = padded_rows([(prompt[row:], completion) for row in range(examples * job.completions)], 0)
     laid = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     there = {
         tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers(), *laid)

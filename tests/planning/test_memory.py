@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -83,11 +85,13 @@ def test_optimizer_state_is_exact(config, shape):
 @pytest.mark.parametrize("adapter", [AdapterConfig(), LORA, None], ids=["ia3", "lora", "all"])
 def test_activations_are_what_saved_tensor_hooks_count(models, family, dtype, adapter):
     plain = job_for(models(family), adapter=adapter, dtype=dtype, reference=ReferenceConfig(kind="sharded"))
-    for job in (plain, with_checkpointing(plain)):
-        planned = sum(planner_for(job).trace(job, 1).saved.values())
-        assert planned == pytest.approx(saved_bytes(job, rows=4), rel=0.1), job.policy
-    # Else the second half would show nothing.
-    assert saved_bytes(with_checkpointing(plain), 4) < 0.7 * saved_bytes(plain, 4)
+    for layout in ("prefix_shared", "concatenated"):
+        laid = dataclasses.replace(plain, layout=layout)
+        for job in (laid, with_checkpointing(laid)):
+            planned = sum(planner_for(job).trace(job, 1).saved.values())
+            assert planned == pytest.approx(saved_bytes(job, examples=2), rel=0.1), job.policy
+        # Else the second half would show nothing.
+        assert saved_bytes(with_checkpointing(laid), 2) < 0.7 * saved_bytes(laid, 2)
 
 
 def test_what_few_examples_show_holds_for_many(tiny_llama):

@@ -164,13 +164,13 @@ def test_a_thousandth_of_one_scale_changes_the_logits_over_a_bfloat16_base(tmp_p
 
 
 def test_rounding_keeps_the_mean_and_the_gradient():
-    from trainer.policy.adapters import _scaled
+    from trainer.policy.scales import scaled
 
     torch.manual_seed(0)
     x = torch.randn(400, 64).bfloat16()
     for factor in (0.999, 1.0003, 1.001, 1.5, 2.0):
         scale = torch.full((64,), factor, requires_grad=True)
-        y = _scaled(x, scale)
+        y = scaled(x, scale)
         exact = x.double() * factor
         ratio = ((y.double() - x.double()) * x.double()).sum() / x.double().square().sum()
         ratio = ratio.item()
@@ -178,12 +178,12 @@ def test_rounding_keeps_the_mean_and_the_gradient():
         assert ((y.double() - exact).abs() <= exact.abs() * 2**-7).all()
         y.float().sum().backward()
         torch.testing.assert_close(scale.grad, x.float().sum(0), rtol=1e-3, atol=1e-2)
-    assert torch.equal(_scaled(x, torch.ones(64)), x)
+    assert torch.equal(scaled(x, torch.ones(64)), x)
     # The same values round alike wherever they stand: in another batch, order or layout.
     scale = torch.rand(64) + 0.5
-    assert torch.equal(_scaled(x[7:9], scale), _scaled(x, scale)[7:9])
+    assert torch.equal(scaled(x[7:9], scale), scaled(x, scale)[7:9])
     assert torch.equal(
-        _scaled(x.view(4, 100, 64).transpose(0, 1), scale), _scaled(x, scale).view(4, 100, 64).transpose(0, 1)
+        scaled(x.view(4, 100, 64).transpose(0, 1), scale), scaled(x, scale).view(4, 100, 64).transpose(0, 1)
     )
 
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.report.conftest import manifest, write_curves
+from tests.report.page import Page
 from trainer.data.homoglyphs import language, marked
 from trainer.evaluation.letters import published_scores
 from trainer.report.collect import collect, overlay, read_curves, write_report
@@ -16,43 +16,6 @@ from trainer.report.render import render_html, render_markdown
 from trainer.report.runs import describe, duration
 from trainer.report.view import headline, view
 from trainer.schema import UserError
-
-VOID = {"meta", "br", "wbr", "path", "use", "line"}
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order and gathers text, ids and outside addresses."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self.bold: list[str] = []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self._attributes(attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self._attributes(attributes)
-
-    def _attributes(self, attributes):
-        self.ids += [value for name, value in attributes if name == "id"]
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "action")]
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] == "b":
-            self.bold.append(data)
 
 
 @pytest.fixture(scope="module")

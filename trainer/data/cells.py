@@ -16,6 +16,10 @@ class EmptyCompletion(UserError):
     """A completion with nothing in it, which `empty: drop` leaves out."""
 
 
+class BrokenRow(UserError):
+    """A row whose cells do not hold what they should, which `broken: drop` leaves out."""
+
+
 def text_or_turns(value: Any, origin: str, column: str, empty: bool = False) -> str | list[Message]:
     """A cell that should be text or messages; an empty one is refused unless `empty`."""
     if isinstance(value, str):
@@ -25,28 +29,38 @@ def text_or_turns(value: Any, origin: str, column: str, empty: bool = False) -> 
             )
         return value
     if value is None:
-        raise UserError(f"{origin}: column {column!r} is missing or null; it should hold text or messages")
+        raise BrokenRow(f"{origin}: column {column!r} is missing or null; it should hold text or messages")
     turns = messages(value, origin, column)
     if not empty:
         check_answer(turns, origin, column)
     return turns
 
 
+def yes_or_no(value: Any, origin: str, column: str) -> bool:
+    """A cell that says whether a completion is finished: it is, where nothing is said. CSV has words only."""
+    said = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+    if said is None or said == "":
+        return True
+    if not isinstance(said, bool):
+        raise BrokenRow(f"{origin}: column {column!r} holds {_short(value)}; it should be true or false")
+    return said
+
+
 def messages(value: Any, origin: str, column: str) -> list[Message]:
     """A cell that should be a list of messages; keys other than role and content are left out."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(
+        raise BrokenRow(
             f"{origin}: column {column!r} holds {_short(value)}; it should be text or a list of messages"
         )
     turns: list[Message] = []
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise UserError(
+            raise BrokenRow(
                 f"{origin}: column {column!r} has the turn {_short(turn)}; it should have role and "
                 f"content, as text"
             )
         if turn.get("role") not in _ROLES:
-            raise UserError(
+            raise BrokenRow(
                 f"{origin}: column {column!r} has the role {_short(turn.get('role'))}; it should be "
                 f"one of {', '.join(_ROLES)}"
             )
@@ -57,7 +71,7 @@ def messages(value: Any, origin: str, column: str) -> list[Message]:
 def check_answer(turns: Sequence[Message], origin: str, column: str) -> None:
     """The last turn is the assistant's and says something."""
     if turns[-1]["role"] != "assistant":
-        raise UserError(
+        raise BrokenRow(
             f"{origin}: column {column!r} ends with {turns[-1]['role']!r}; the last should be 'assistant'"
         )
     if not turns[-1]["content"].strip():
@@ -94,7 +108,7 @@ def _check_prompt(prompt: str, shared: Sequence[Message], origin: str, column: s
     """A prompt in words beside shared turns is what one of them says, or all together."""
     said = [turn["content"].strip() for turn in shared]
     if said and prompt.strip() and prompt.strip() not in (*said, "\n".join(said)):
-        raise UserError(
+        raise BrokenRow(
             f"{origin}: column {column!r} holds {_short(prompt)}, but chosen and rejected share other first "
             f"turns ({_short(said[-1])}); they should say the same, or leave the column out"
         )

@@ -2,116 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import signal
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import length_hint
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from trainer.data.layout import concatenated, supervised
-from trainer.data.sampler import MicroBatch, StepSampler
-from trainer.data.sources import Source
+from trainer.data.cache import token_key, token_store
+from trainer.data.layout import concatenated, packed, prefix_shared, supervised
+from trainer.data.loader import Laid, ResumableLoader, loading
+from trainer.data.sampler import AUTO_BUDGET, StepSampler, forwards_needed, unlimited
+from trainer.data.sources import Source, Streamed, streamed
+from trainer.data.store import Kind, content, lengths, longest, write_store
 from trainer.data.tokenize import (
     Limits,
     TokenCounts,
     Tokenizer,
-    tokenize_demonstrations,
-    tokenize_preferences,
+    stream_demonstrations,
+    stream_preferences,
+    vocabulary,
 )
-from trainer.provenance import sha256_text
 from trainer.schema import (
     Demonstration,
     Preference,
     PreferenceBatch,
     Split,
     SupervisedBatch,
-    TokenizedDemonstration,
-    TokenizedPreference,
     UserError,
 )
 
-
-class Laid(Dataset):
-    """Tokenised examples, indexed by `MicroBatch`: asking for one lays its rows."""
-
-    def __init__(
-        self, examples: Sequence[Any], lay: Callable[..., PreferenceBatch | SupervisedBatch]
-    ) -> None:
-        self.examples, self.lay = examples, lay
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, micro_batch: MicroBatch) -> PreferenceBatch | SupervisedBatch:
-        return self.lay([self.examples[i] for i in micro_batch.indices], share=micro_batch.share)
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader that knows the optimizer steps that were consumed, not those that were fetched ahead.
-
-    `content` stands for the examples and their order; `consumed` returns the optimizer steps consumed in this epoch.
-    The state is read at step boundaries only.
-    """
-
-    def __init__(
-        self,
-        dataset: Laid,
-        sampler: StepSampler,
-        content: str,
-        consumed: Callable[[], int],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(dataset, **_loading(sampler), **kwargs)
-        self.steps, self.content, self.consumed = sampler, content, consumed
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.steps.epoch, "step": self.consumed(), **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, now in self._identity().items():
-            if state[name] != now:
-                raise UserError(
-                    f"cannot resume: {name} was {state[name]} and is {now}; give the same data and settings,"
-                    " or begin a new run with policy.start"
-                )
-        self.steps.seek(state["epoch"], state["step"])
-
-    def _identity(self) -> dict[str, Any]:
-        """What the position means something for."""
-        return {
-            "data.batch_size": self.steps.batch_size,
-            "data.seed": self.steps.seed,
-            "trainer.accumulate_grad_batches": self.steps.accumulate,
-            "the number of training examples": len(self.steps.lengths),
-            "the SHA-256 of the training examples": self.content,
-        }
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _loading(sampler: StepSampler) -> dict[str, Any]:
-    # A generator of its own: a DataLoader that starts an epoch would draw from torch's, and a resumed run would differ.
-    return {
-        "sampler": sampler,
-        "batch_size": None,
-        "collate_fn": _as_it_is,
-        "generator": torch.Generator(),
-        "worker_init_fn": _leave_signals_to_training,
-    }
-
-
-def _leave_signals_to_training(worker: int) -> None:
-    # SLURM and terminals signal every process. Training saves at its step's end, which may need more batches; then it
-    # ends its workers, and workers end by themselves when it is gone.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+Layout = Literal["prefix_shared", "concatenated"]
+log = logging.getLogger(__name__)
 
 
 class _AlignmentData(L.LightningDataModule):
@@ -124,15 +54,21 @@ class _AlignmentData(L.LightningDataModule):
         max_length: longest prompt + completion in tokens; null for no limit.
         overlong: what to do with longer ones: `refuse`, `truncate` (the prompt's oldest tokens, then the completion's
             end) or `drop`; both are counted in the manifest.
+        layout: `prefix_shared`: prompt | chosen | rejected in one row, pairs back to back, nothing padded.
+            `concatenated`: one padded row for each completion. Demonstrations are laid accordingly.
+        token_budget: tokens of one forward pass on one rank; a step is spread over as many as that takes, at least
+            `trainer.accumulate_grad_batches`. Which examples make a step, and its result, do not depend on it. An
+            example that is longer goes alone; null sets no limit, `auto` takes 1024 on a CPU and 8192 elsewhere.
         seed: of the order of the examples.
         workers: processes that lay rows ahead; 0 lays them in the training process.
+        cache: folder where tokens are kept for later runs on the same data; null for `tokens` in `TANDEM_CACHE`
+            (~/.cache/tandem).
     """
 
     record: ClassVar[type]
     # Plain functions, held as static methods by the subclasses.
-    tokenize: Callable[..., list[Any]]
-    lay: Callable[..., PreferenceBatch | SupervisedBatch]
-    scored: Callable[[Any], int]
+    tokenize: Callable[..., Iterator[Any]]
+    lays: ClassVar[dict[str, Callable[..., PreferenceBatch | SupervisedBatch]]]
 
     def __init__(
         self,
@@ -141,22 +77,33 @@ class _AlignmentData(L.LightningDataModule):
         validation_batch_size: int | None = None,
         max_length: int | None = 1024,
         overlong: Literal["refuse", "truncate", "drop"] = "refuse",
+        layout: Layout = "prefix_shared",
+        token_budget: int | Literal["auto"] | None = "auto",
         seed: int = 0,
         workers: int = 0,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
+        if layout not in self.lays:
+            raise UserError(f"data.layout: '{layout}' is not known; give {' or '.join(self.lays)}")
         for name, value in (
             ("batch_size", batch_size),
             ("validation_batch_size", validation_batch_size or 1),
+            ("token_budget", token_budget if isinstance(token_budget, int) else 1),
         ):
             if value < 1:
                 raise UserError(f"data.{name}: {value} is below 1")
         self.source = source
         self.limits = Limits(max_length, overlong)
         self.batch_size, self.validation_batch_size = batch_size, validation_batch_size or batch_size
-        self.seed, self.workers = seed, workers
+        self.layout: Layout = layout
+        self.token_budget, self.seed, self.workers = token_budget, seed, workers
+        self.cache = cache
+        self._settled: dict[str, Any] = {}
+        self._forwards: int | None = None
+        self._validation_forwards = 1
         self.tokenizer: Tokenizer | None = None
-        self.examples: dict[Split, list[Any]] = {}
+        self.examples: dict[Split, Sequence[Any]] = {}
         self.counts: dict[Split, dict[str, int]] = {}
         self.hashes: dict[str, str] = {}
 
@@ -166,31 +113,25 @@ class _AlignmentData(L.LightningDataModule):
         return self.source.prompt_template
 
     @property
+    def budget(self) -> int | None:
+        """`token_budget` in tokens, for the device that the Trainer uses, or that there is."""
+        if self.token_budget != "auto":
+            return self.token_budget
+        cpu = (
+            self.trainer.strategy.root_device.type == "cpu" if self.trainer else not torch.cuda.is_available()
+        )
+        return AUTO_BUDGET["cpu" if cpu else "accelerator"]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch, as far as the Trainer's limit allows; known after `setup`."""
         steps = -(-len(self.examples["train"]) // self.batch_size)
-        return steps if self.trainer is None else min(steps, self._step_limit(steps))
-
-    def _step_limit(self, steps: int) -> int:
-        """What `trainer.limit_train_batches`, which counts micro-batches, leaves of an epoch's steps."""
-        assert self.trainer is not None
-        limit, accumulate = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
-        if getattr(self.trainer, "fast_dev_run", False) or limit in (None, 1.0):
-            return steps
-        batches = int(steps * accumulate * limit) if isinstance(limit, float) else int(limit)
-        if batches % accumulate:
-            raise UserError(
-                f"trainer.limit_train_batches: {limit} cuts an optimizer step of {accumulate} micro-batches;"
-                f" give a multiple of trainer.accumulate_grad_batches"
-            )
-        return batches // accumulate
+        return steps if self.trainer is None else self._limited(steps, self.trainer.accumulate_grad_batches)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with one of its completions; known after `setup`."""
-        return max(
-            (example.longest for examples in self.examples.values() for example in examples), default=0
-        )
+        return max((longest(examples) for examples in self.examples.values()), default=0)
 
     @override
     def setup(self, stage: str) -> None:
@@ -200,19 +141,49 @@ class _AlignmentData(L.LightningDataModule):
                 self._load(split)
         if stage == "fit" and not self.examples["train"]:
             raise UserError(f"data.source: no training examples are left of {self.counts['train']}")
+        if self.trainer is not None:
+            self._once("validation", self._settle_validation)
+            if stage == "fit":
+                self._once("training", self._settle_forwards)
+
+    def _once(self, what: str, settle: Callable[[], None]) -> None:
+        """Change a Trainer's counts once, however often it calls."""
+        if self._settled.get(what) is not self.trainer:
+            settle()
+            self._settled[what] = self.trainer
 
     def _load(self, split: Split) -> None:
-        loaded = self.source.load(split)
-        wrong = next((record for record in loaded.records if not isinstance(record, self.record)), None)
-        if wrong is not None:
-            raise UserError(
-                f"data.source: gives {type(wrong).__name__} records where {self.record.__name__} is needed"
-                f" by {type(self).__name__}"
-            )
-        counts = TokenCounts()
-        self.examples[split] = self.tokenize(loaded.records, self._ready_tokenizer(), self.limits, counts)
-        self.counts[split] = {**loaded.counts, **counts.as_dict()}
-        self.hashes.update(loaded.hashes)
+        """Find the split's tokens, or read and tokenise its records, one after the other, into a new store."""
+        tokenizer, kind = self._ready_tokenizer(), cast(Kind, self.record.__name__.lower())
+
+        def build(folder: Path) -> None:
+            counts = TokenCounts()
+            loaded = streamed(self.source, split)
+            records = Streamed(self._right(loaded.records), length_hint(loaded.records))
+            examples = self.tokenize(records, tokenizer, self.limits, counts)
+            about = lambda: {"counts": {**loaded.counts, **counts.as_dict()}, "hashes": loaded.hashes}  # noqa: E731
+            write_store(folder, examples, kind, vocabulary(tokenizer), about)
+            if key is not None and key["read"] != (made_of() or {}).get("read"):
+                raise UserError("data.source: its files changed while they were read; start again")
+
+        made_of = functools.partial(
+            token_key, self.source, split, kind, tokenizer, dataclasses.asdict(self.limits)
+        )
+        key = made_of()
+        store = token_store(self.cache, key, build)
+        self.examples[split] = store
+        self.counts[split] = store.manifest["about"]["counts"]
+        self.hashes.update(store.manifest["about"]["hashes"])
+
+    def _right(self, records: Iterable[Any]) -> Iterator[Any]:
+        """The records, each of them of the kind that is needed."""
+        for record in records:
+            if not isinstance(record, self.record):
+                raise UserError(
+                    f"data.source: gives {type(record).__name__} records where {self.record.__name__} is needed"
+                    f" by {type(self).__name__}"
+                )
+            yield record
 
     def _ready_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -220,23 +191,89 @@ class _AlignmentData(L.LightningDataModule):
             self.tokenizer = cast(Tokenizer, self.trainer.lightning_module.tokenizer)
         return self.tokenizer
 
-    def _laid(self, split: Split) -> Laid:
+    def laid(self, split: Split) -> Laid:
+        """A split's examples, laid into rows as they are asked for."""
         pad_token_id = self._ready_tokenizer().pad_token_id
-        return Laid(self.examples[split], functools.partial(self.lay, pad_token_id=pad_token_id))
+        return Laid(
+            self.examples[split], functools.partial(self.lays[self.layout], pad_token_id=pad_token_id)
+        )
 
-    def _sampler(self, split: Split, batch_size: int, accumulate: int, shuffle: bool) -> StepSampler:
-        examples = self.examples[split]
+    def sampler(self, split: Split, batch_size: int, accumulate: int, shuffle: bool) -> StepSampler:
+        """How a split's examples fall into this rank's micro-batches, `accumulate` for each `batch_size` of them."""
+        parts = lengths(self.examples[split])
+        is_packed = self.layout == "prefix_shared"
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return StepSampler(
-            lengths=[example.longest for example in examples],
-            scored=[self.scored(example) for example in examples],
+            lengths=parts.sum(1) if is_packed else (parts.shape[1] - 1) * (parts[:, 0] + parts[:, 1:].max(1)),
+            scored=parts[:, 1],
             batch_size=batch_size,
             accumulate=accumulate,
             ranks=ranks,
             rank=rank,
             shuffle=shuffle,
             seed=self.seed,
+            packed=is_packed,
         )
+
+    def _settle_forwards(self) -> None:
+        """Set the Trainer's accumulation to the forwards that the token budget asks for.
+
+        What the Trainer counts in micro-batches (`val_check_interval`, `limit_train_batches`) keeps its meaning in
+        steps, and becomes a number of whole ones: nothing is validated, saved or ended in the middle of a step.
+        """
+        trainer: Any = self.trainer
+        asked, needed = trainer.accumulate_grad_batches, trainer.accumulate_grad_batches
+        steps = -(-len(self.examples["train"]) // self.batch_size)
+        limited = self._limited(steps, asked)
+        if (budget := self.budget) is not None:
+            sampler = self.sampler("train", self.batch_size, 1, shuffle=True)
+            needed = max(asked, forwards_needed(sampler, budget, self._epochs(limited)))
+            if (most := int(np.max(sampler.lengths))) > budget and self.token_budget != "auto":
+                log.warning(
+                    "data.token_budget: %d, but the longest example has %d tokens; those that are longer go alone",
+                    budget, most,
+                )  # fmt: skip
+        every = trainer.val_check_interval
+        if isinstance(every, float) and every != 1.0:
+            trainer.val_check_interval = max(1, int(limited * every)) * needed
+        elif isinstance(every, int) and not isinstance(every, bool):
+            trainer.val_check_interval = -(-every // asked) * needed
+        if not unlimited(trainer.limit_train_batches):
+            trainer.limit_train_batches = limited * needed
+        trainer.accumulate_grad_batches = self._forwards = needed
+
+    def _limited(self, steps: int, asked: int) -> int:
+        """Optimizer steps of an epoch under `limit_train_batches`, which counts `asked` micro-batches a step."""
+        trainer: Any = self.trainer
+        limit = trainer.limit_train_batches
+        if unlimited(limit):
+            return steps
+        if getattr(trainer, "fast_dev_run", False) and self._settled.get("training") is not trainer:
+            return min(int(limit), steps)
+        if isinstance(limit, float):
+            return int(steps * limit)
+        if limit % asked:
+            raise UserError(
+                f"trainer.limit_train_batches: {limit} cuts an optimizer step of {asked} micro-batches;"
+                f" give a multiple of trainer.accumulate_grad_batches"
+            )
+        return min(limit // asked, steps)
+
+    def _epochs(self, steps: int) -> int:
+        """Epochs that the Trainer may run, as far as it says."""
+        most, last = self.trainer.max_epochs, self.trainer.max_steps  # type: ignore[union-attr]
+        known = [most, -1 if last < 0 else -(-last // max(steps, 1))]
+        return min((epochs for epochs in known if epochs is not None and epochs >= 0), default=1000)
+
+    def _settle_validation(self) -> None:
+        """As many forwards for `validation_batch_size` examples as the token budget asks for."""
+        if (budget := self.budget) is None or not self.examples.get("validation"):
+            return
+        sampler = self.sampler("validation", self.validation_batch_size, 1, shuffle=False)
+        self._validation_forwards = forwards_needed(sampler, budget, 1)
+        limit = getattr(self.trainer, "limit_val_batches", None)
+        if isinstance(limit, int):
+            self.trainer.limit_val_batches = limit * self._validation_forwards  # type: ignore[union-attr]
 
     def _consumed(self) -> int:
         """Optimizer steps consumed in this epoch: what training has taken, whatever was fetched ahead of it."""
@@ -247,18 +284,17 @@ class _AlignmentData(L.LightningDataModule):
     @override
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        sampler = self._sampler("train", self.batch_size, accumulate, shuffle=True)
-        content = sha256_text(*(example.id for example in self.examples["train"]))
-        return ResumableLoader(
-            self._laid("train"), sampler, content, self._consumed, num_workers=self.workers
-        )
+        sampler = self.sampler("train", self.batch_size, accumulate, shuffle=True)
+        names = content(self.examples["train"])
+        return ResumableLoader(self.laid("train"), sampler, names, self._consumed, num_workers=self.workers)
 
     @override
     def val_dataloader(self) -> Any:
         if not self.examples.get("validation"):
             return []
-        sampler = self._sampler("validation", self.validation_batch_size, 1, shuffle=False)
-        return DataLoader(self._laid("validation"), num_workers=self.workers, **_loading(sampler))
+        forwards = self._validation_forwards
+        sampler = self.sampler("validation", self.validation_batch_size, forwards, shuffle=False)
+        return DataLoader(self.laid("validation"), num_workers=self.workers, **loading(sampler))
 
     def describe(self) -> dict[str, Any]:
         """What the run's manifest says of its data: counts (kept, dropped and why, truncated), hashes, settings."""
@@ -268,33 +304,27 @@ class _AlignmentData(L.LightningDataModule):
             "batch_size": self.batch_size,
             "max_length": self.limits.max_length,
             "overlong": self.limits.overlong,
+            "layout": self.layout,
+            "token_budget": self.budget,
+            "forwards_each_step": self._forwards,
             "seed": self.seed,
             "counts": self.counts,
+            "tokens": {split: int(lengths(examples).sum()) for split, examples in self.examples.items()},
             "hashes": self.hashes,
         }
-
-
-def _chosen_tokens(example: TokenizedPreference) -> int:
-    return len(example.chosen)
-
-
-def _completion_tokens(example: TokenizedDemonstration) -> int:
-    return len(example.completion)
 
 
 class PreferenceData(_AlignmentData):
     """Pairs of a preference source, for `PreferenceModule`."""
 
     record = Preference
-    tokenize = staticmethod(tokenize_preferences)
-    lay = staticmethod(concatenated)
-    scored = staticmethod(_chosen_tokens)
+    tokenize = staticmethod(stream_preferences)
+    lays: ClassVar = {"prefix_shared": prefix_shared, "concatenated": concatenated}
 
 
 class SupervisedData(_AlignmentData):
     """Demonstrations of a source, for `SupervisedModule`."""
 
     record = Demonstration
-    tokenize = staticmethod(tokenize_demonstrations)
-    lay = staticmethod(supervised)
-    scored = staticmethod(_completion_tokens)
+    tokenize = staticmethod(stream_demonstrations)
+    lays: ClassVar = {"prefix_shared": packed, "concatenated": supervised}

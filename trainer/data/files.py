@@ -7,13 +7,13 @@ import contextlib
 import csv
 import dataclasses
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from trainer.data.lines import JsonLines, open_binary
 from trainer.provenance import sha256_file
 from trainer.schema import UserError
 
@@ -38,20 +38,26 @@ class Table:
     """
 
     name: str
-    dataset: Dataset
+    rows: Dataset | JsonLines
     columns: tuple[str, ...]
     available: tuple[str, ...]
     hashes: dict[str, str]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        number = 0
-        for batch in self.dataset.iter(batch_size=_BATCH):
+        for number, row in enumerate(self._read(), start=1):
+            yield f"{self.name}, row {number}", row
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        if isinstance(self.rows, JsonLines):
+            for row in self.rows:
+                yield {column: row.get(column) for column in self.columns}
+            return
+        for batch in self.rows.iter(batch_size=_BATCH):
             for values in zip(*(batch[column] for column in self.columns), strict=True):
-                number += 1
-                yield f"{self.name}, row {number}", dict(zip(self.columns, values, strict=True))
+                yield dict(zip(self.columns, values, strict=True))
 
 
 def read_rows(
@@ -92,9 +98,24 @@ def _looks_like_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and not names_file and not path.startswith((".", "/", "~"))
 
 
+def fingerprint(
+    path: str, split: str | None = None, revision: str | None = None, offline: bool = False
+) -> dict[str, str]:
+    """The `hashes` that `read_rows` would give, without reading rows: SHA-256 of the file, commit of the hub dataset.
+
+    Raises:
+        UserError: no such file, or a hub dataset that is not to be had.
+    """
+    local = Path(path).expanduser()
+    if local.exists() or not _looks_like_hub_id(path):
+        _kind(local)
+        return {str(path): sha256_file(local)}
+    return {f"{path}/{split or 'train'}": _commit(path, revision, offline)}
+
+
 def _select(
     name: str,
-    dataset: Dataset,
+    dataset: Dataset | JsonLines,
     columns: Sequence[str] | None,
     optional: Sequence[str],
     hashes: dict[str, str],
@@ -108,16 +129,19 @@ def _select(
         )
     if not len(dataset):
         raise UserError(f"{name}: has no rows")
-    return Table(name, dataset.select_columns(wanted), tuple(wanted), tuple(present), hashes)
+    rows = dataset if isinstance(dataset, JsonLines) else dataset.select_columns(wanted)
+    return Table(name, rows, tuple(wanted), tuple(present), hashes)
 
 
 # --- local files --------------------------------------------------------------------------------------------
 
 
-def _load_local(path: Path) -> Dataset:
+def _load_local(path: Path) -> Dataset | JsonLines:
     suffix = _kind(path)
     if suffix != ".parquet":
         _check_utf8(path)
+    if suffix == ".jsonl":
+        return JsonLines(path)
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -159,16 +183,12 @@ def _literal(path: Path) -> str:
     return re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
 def _check_utf8(path: Path) -> None:
     """Refuse a file that is not UTF-8 or only blank, naming the line; huge lines are no matter."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line, blank = 1, True
     try:
-        with _open(path) as stream:
+        with open_binary(path) as stream:
             while True:
                 block = stream.read(_BLOCK)
                 try:
@@ -193,7 +213,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
     """Every column as text: pandas would make 007 a number and the words None and NA nothing."""
     from datasets import Features, Value
 
-    with _open(path) as stream:
+    with open_binary(path) as stream:
         header = next(csv.reader([*_first_lines(stream)]), [])
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
@@ -212,18 +232,9 @@ def _first_lines(stream: BinaryIO) -> Iterator[str]:
 
 def _diagnose(path: Path, suffix: str, error: Exception) -> str:
     """One line on why `datasets` could not read the file: the guilty line where it can be found."""
-    if suffix == ".jsonl":
-        with _open(path) as stream:
-            for number, raw in enumerate(stream, start=1):
-                try:
-                    value = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
-                except json.JSONDecodeError as problem:
-                    return f"{path}:{number}: not valid JSON ({problem.msg} at column {problem.colno})"
-                if not isinstance(value, dict):
-                    return f"{path}:{number}: a JSON object is wanted, not {type(value).__name__}"
     if "corresponds to no data" in str(error):  # what datasets 5.2 says of a header without rows
         return f"{path}: has no rows"
-    kind = {".jsonl": "one JSON object a line", ".json": "JSON: a list of objects", ".csv": "CSV"}.get(suffix)
+    kind = {".json": "JSON: a list of objects", ".csv": "CSV"}.get(suffix)
     cause = str(error.__cause__ or error).strip().split("\n")[0]
     return f"{path}: cannot be read as {kind or suffix[1:]} ({cause})"
 
@@ -248,21 +259,28 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def _load_hub(name: str, split: str, revision: str | None, offline: bool) -> tuple[Dataset, dict[str, str]]:
-    if offline:
-        raise UserError(
-            f"{name}: no such file here, and as a hub dataset it needs the network, which offline refuses"
-        )
+    # The commit first: it pins what is loaded, and without a network it fails at once.
+    commit = _commit(name, revision, offline)
     from datasets import load_dataset
-    from huggingface_hub import HfApi
 
-    try:  # the commit first: it pins what is loaded, and without a network it fails at once
-        commit = HfApi().dataset_info(name, revision=revision).sha
-    except Exception as error:  # whatever HTTP library this version of huggingface_hub rides on
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: no such file here, and not to be had from the hub ({reason})") from error
     try:
         loaded = load_dataset(name, split=split, revision=commit)
     except (ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name}, split {split!r}: cannot be loaded from the hub ({reason})") from error
-    return loaded, {f"{name}/{split}": str(commit)}
+    return loaded, {f"{name}/{split}": commit}
+
+
+def _commit(name: str, revision: str | None, offline: bool) -> str:
+    """The commit that a revision of a hub dataset stands for."""
+    if offline:
+        raise UserError(
+            f"{name}: no such file here, and as a hub dataset it needs the network, which offline refuses"
+        )
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except Exception as error:  # whatever HTTP library this version of huggingface_hub rides on
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: no such file here, and not to be had from the hub ({reason})") from error

@@ -1,19 +1,65 @@
-"""How examples are laid into rows for one forward. `concatenated`: one padded row for each completion."""
+"""How examples are laid into rows for one forward.
+
+`prefix_shared`: a pair is one segment, prompt | chosen | rejected, and segments stand back to back in one row without
+padding; the prompt is computed once. `concatenated`: one padded row for each completion. Both give the same log-probs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from trainer.schema import (
     PreferenceBatch,
     Rows,
+    Segment,
     StepShare,
     SupervisedBatch,
     TokenizedDemonstration,
     TokenizedPreference,
 )
+
+
+def packed_row(examples: Sequence[tuple[list[int], Sequence[list[int]]]]) -> Rows:
+    """Examples (prompt, completions) back to back in one row; completion c of example e is sequence c * examples + e.
+
+    Each completion's positions go on from its prompt's. The prompt's last token predicts the first of every completion.
+    """
+    ids: list[int] = []
+    positions, scored, tokens, owners, segments = [], [], [], [], []
+    for number, (prompt, completions) in enumerate(examples):
+        assert prompt, "an empty prompt predicts nothing"
+        assert all(completions), "an empty completion has nothing to score"
+        start = len(ids)
+        ids += prompt
+        positions.append(torch.arange(len(prompt)))
+        for turn, completion in enumerate(completions):
+            first = len(ids)
+            ids += completion
+            positions.append(torch.arange(len(prompt), len(prompt) + len(completion)))
+            scored.append(torch.arange(first - 1, first + len(completion) - 1))
+            scored[-1][0] = start + len(prompt) - 1
+            tokens.append(torch.tensor(completion))
+            owners.append(torch.full((len(completion),), turn * len(examples) + number))
+        segments.append(Segment(0, start, len(prompt), tuple(map(len, completions))))
+    return Rows(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+        position_ids=torch.cat(positions)[None],
+        scored_positions=torch.cat(scored),
+        scored_tokens=torch.cat(tokens),
+        scored_sequence=torch.cat(owners),
+        sequences=sum(len(completions) for _, completions in examples),
+        tokens=len(ids),
+        segments=tuple(segments),
+    )
 
 
 def padded_rows(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> Rows:
@@ -46,14 +92,32 @@ def padded_rows(sequences: Sequence[tuple[list[int], list[int]]], pad_token_id: 
     )
 
 
+def content_key(pair: TokenizedPreference) -> bytes:
+    """16 bytes that stand for a pair's token ids: BLAKE2b of prompt, chosen and rejected, each with its length."""
+    parts = (pair.prompt, pair.chosen, pair.rejected)
+    ids = np.array([number for part in parts for number in (len(part), *part)], dtype="<i8")
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
 def concatenated(
     pairs: Sequence[TokenizedPreference], pad_token_id: int, share: StepShare
 ) -> PreferenceBatch:
     """All chosen rows, then all rejected rows, padded to one length, for one concatenated forward."""
     chosen = [(pair.prompt, pair.chosen) for pair in pairs]
     rejected = [(pair.prompt, pair.rejected) for pair in pairs]
-    rows = padded_rows(chosen + rejected, pad_token_id)
-    return PreferenceBatch(rows=rows, pairs=len(pairs), ids=[pair.id for pair in pairs], share=share)
+    return _pairs(padded_rows(chosen + rejected, pad_token_id), pairs, share)
+
+
+def prefix_shared(
+    pairs: Sequence[TokenizedPreference], pad_token_id: int, share: StepShare
+) -> PreferenceBatch:
+    """Each pair as prompt | chosen | rejected, back to back in one row; nothing is padded."""
+    return _pairs(packed_row([(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]), pairs, share)
+
+
+def _pairs(rows: Rows, pairs: Sequence[TokenizedPreference], share: StepShare) -> PreferenceBatch:
+    keys = [content_key(pair) for pair in pairs]
+    return PreferenceBatch(rows, len(pairs), [pair.id for pair in pairs], share, keys)
 
 
 def supervised(
@@ -62,3 +126,112 @@ def supervised(
     """Demonstrations as padded rows, their completions scored."""
     rows = padded_rows([(example.prompt, example.completion) for example in examples], pad_token_id)
     return SupervisedBatch(rows=rows, ids=[example.id for example in examples], share=share)
+
+
+def packed(
+    examples: Sequence[TokenizedDemonstration], pad_token_id: int, share: StepShare
+) -> SupervisedBatch:
+    """Demonstrations back to back in one row; nothing is padded."""
+    rows = packed_row([(example.prompt, (example.completion,)) for example in examples])
+    return SupervisedBatch(rows=rows, ids=[example.id for example in examples], share=share)
+
+
+# --- one layout from another --------------------------------------------------------------------------------
+
+
+def separated(rows: Rows, pad_token_id: int) -> Rows:
+    """Packed rows as `padded_rows` lays the same sequences: for models that cannot attend to packed ones."""
+    assert rows.segments is not None
+    found: list[tuple[list[int], list[int]]] = [([0], [0])] * rows.sequences
+    for number, segment in enumerate(rows.segments):
+        prompt, completions = _example(rows, segment)
+        for turn, completion in enumerate(completions):
+            found[turn * len(rows.segments) + number] = (prompt, completion)
+    return _moved(padded_rows(found, pad_token_id), rows.input_ids.device)
+
+
+def picked(rows: Rows, numbers: Sequence[int]) -> Rows:
+    """Some segments of one packed row, as a packed row."""
+    examples = [_example(rows, rows.segments[number]) for number in numbers]  # type: ignore[index]
+    return _moved(packed_row(examples), rows.input_ids.device)
+
+
+def altered(rows: Rows) -> Rows:
+    """A packed row with other tokens wherever the last segment's last completion must not look.
+
+    Each token becomes the next larger one of the row, the largest the least.
+    """
+    assert rows.segments is not None
+    ids = sorted({*rows.input_ids.flatten().tolist()})
+    other = dict(zip(ids, ids[1:] + ids[:1], strict=True))
+    examples = [_example(rows, segment) for segment in rows.segments]
+    *before, (prompt, completions) = examples
+    changed = [([other[i] for i in own], [[other[i] for i in each] for each in all_]) for own, all_ in before]
+    changed.append((prompt, [[other[i] for i in each] for each in completions[:-1]] + completions[-1:]))
+    return _moved(packed_row(changed), rows.input_ids.device)
+
+
+def _example(rows: Rows, segment: Segment) -> tuple[list[int], list[list[int]]]:
+    own = rows.input_ids[segment.row, segment.start : segment.start + segment.tokens].cpu()
+    prompt, *completions = own.split([segment.prompt, *segment.completions])
+    return prompt.tolist(), [completion.tolist() for completion in completions]
+
+
+def spread(rows: Rows, row_tokens: int) -> Rows:
+    """One packed row as several of at most `row_tokens` (or the longest segment), padded: for masks of whole rows.
+
+    Segments fall into the fullest row that has room, the longest first.
+    """
+    assert rows.segments is not None
+    assert len(rows.input_ids) == 1
+    room = max(row_tokens, max(segment.tokens for segment in rows.segments))
+    filled: list[int] = []
+    placed: list[Segment] = [None] * len(rows.segments)  # type: ignore[list-item]
+    for number in sorted(range(len(placed)), key=lambda n: -rows.segments[n].tokens):  # type: ignore[index]
+        segment = rows.segments[number]
+        fitting = [row for row, used in enumerate(filled) if used + segment.tokens <= room]
+        row = max(fitting, key=lambda row: filled[row], default=len(filled))
+        if row == len(filled):
+            filled.append(0)
+        placed[number] = segment._replace(row=row, start=filled[row])
+        filled[row] += segment.tokens
+    time = max(filled)
+    device = rows.input_ids.device
+    new = [torch.arange(s.tokens) + s.row * time + s.start for s in placed]
+    where = torch.cat(new).to(device)
+
+    def laid(values: Tensor) -> Tensor:
+        return values.new_zeros(len(filled) * time).index_copy(0, where, values[0]).view(len(filled), time)
+
+    return dataclasses.replace(
+        rows,
+        input_ids=laid(rows.input_ids),
+        attention_mask=laid(rows.attention_mask),
+        position_ids=laid(rows.position_ids),
+        scored_positions=where[rows.scored_positions],
+        segments=tuple(placed),
+    )
+
+
+def places(rows: Rows) -> tuple[Int[Tensor, "row time"], Int[Tensor, "row time"], Int[Tensor, "row time"]]:
+    """For each column of packed rows: its segment's number, its branch, its position.
+
+    The branch is 0 in a prompt and c + 1 in completion c. Padding is a segment of its own.
+    """
+    assert rows.segments is not None
+    example = torch.full(rows.input_ids.shape, -1)
+    branch = torch.zeros_like(example)
+    for number, segment in enumerate(rows.segments):
+        end = segment.start + segment.prompt
+        example[segment.row, segment.start : segment.start + segment.tokens] = number
+        for turn, length in enumerate(segment.completions):
+            branch[segment.row, end : end + length] = turn + 1
+            end += length
+    return example, branch, rows.position_ids.cpu()
+
+
+def _moved(rows: Rows, device: torch.device) -> Rows:
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(rows).items() if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(rows, **tensors)

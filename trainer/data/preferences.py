@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, cast
 
 from typing_extensions import override
 
-from trainer.data.cells import EmptyCompletion, check_answer, digest, messages, part_turns, text_or_turns
-from trainer.data.files import Table, read_rows
-from trainer.data.sources import Loaded, Source, split_share
+from trainer.data.cells import (
+    BrokenRow,
+    EmptyCompletion,
+    check_answer,
+    digest,
+    messages,
+    part_turns,
+    text_or_turns,
+    yes_or_no,
+)
+from trainer.data.digests import Digests
+from trainer.data.files import Table, fingerprint, read_rows
+from trainer.data.sources import Loaded, Source, Streamed, split_share
 from trainer.schema import Demonstration, Preference, Split, Text, UserError
 
 _VALIDATION_FRACTION = 0.05
+_LISTED = 10
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Dropped:
-    """Why a row gives no record."""
+    """Why a row gives no record: the name of its count, and what was wrong with it where that is known."""
 
-    why: str
+    count: str
+    said: str = ""
 
 
+_FINISHED = ("chosen_finished", "rejected_finished")
 Record = Preference | Demonstration
 _Parse = Callable[[dict[str, Any], str], Record | _Dropped]
 
@@ -39,9 +54,13 @@ class _Rows(Source):
         validation_path: another file or dataset to validate on; without it and `validation_split`, a part of
             `path`. Rows of `path` whose prompt is in it, too, are dropped and counted.
         validation_split: split of the hub dataset to validate on.
-        validation_fraction: share of the prompts kept for validation (default 0.05) where none is named.
+        validation_fraction: share of the prompts kept for validation (default 0.05) where none is named; of those
+            that are not kept for the test.
+        test_fraction: share of the prompts of `path` kept for the split `test`, which is never trained on, nor
+            validated on. Without it there is none.
         columns: ours -> the file's, where the file has other names.
         empty: what to do with a row whose completion is empty: stop there, or leave it out and count it.
+        broken: the same for a row whose cells do not hold what they should; those left out are listed, too.
         limit: at most so many records of each split, the first ones.
         revision: branch, tag or commit of the hub dataset.
         offline: refuse the network.
@@ -52,8 +71,10 @@ class _Rows(Source):
     validation_path: str | None = None
     validation_split: str | None = None
     validation_fraction: float | None = None
+    test_fraction: float | None = None
     columns: dict[str, str] | None = None
     empty: Literal["refuse", "drop"] = "refuse"
+    broken: Literal["refuse", "drop"] = "refuse"
     limit: int | None = None
     revision: str | None = None
     offline: bool = False
@@ -68,12 +89,15 @@ class _Rows(Source):
             raise UserError(
                 f"{self.path}: validation_fraction is {fraction}, but the validation data is named; give one"
             )
-        if fraction is not None and not 0 <= fraction < 1:
-            raise UserError(
-                f"{self.path}: validation_fraction is {fraction}; it should be from 0 up to below 1"
-            )
-        if self.empty not in ("refuse", "drop"):
-            raise UserError(f"{self.path}: empty is {self.empty!r}; it should be refuse or drop")
+        for name in ("validation_fraction", "test_fraction"):
+            fraction = getattr(self, name)
+            if fraction is not None and not 0 <= fraction < 1:
+                raise UserError(f"{self.path}: {name} is {fraction}; it should be from 0 up to below 1")
+        for name in ("empty", "broken"):
+            if getattr(self, name) not in ("refuse", "drop"):
+                raise UserError(
+                    f"{self.path}: {name} is {getattr(self, name)!r}; it should be refuse or drop"
+                )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"{self.path}: limit is {self.limit}; it should be 1 or more")
         mapped = self.columns or {}
@@ -84,35 +108,73 @@ class _Rows(Source):
 
     def load(self, split: Split) -> Loaded:
         """Records of one split, in the file's order."""
+        loaded = self.stream(split)
+        records = list(loaded.records)
+        return Loaded(cast(Any, records), dict(loaded.counts), loaded.hashes)
+
+    def stream(self, split: Split) -> Loaded:
+        """As `load`, but records are read when they are asked for; the counts are final when all were."""
         table = self._table(split)
-        held = self._prompts_held_out if self._apart and split == "train" else set()
-        return self._collect(table, split, self._parser(table), held)
+        counts: Counter[str] = Counter(rows=len(table), kept=0, dropped_duplicate=0, other_splits=0)
+        records = Streamed(self._records(table, split, counts), self._expected(table, split))
+        return Loaded(cast(Any, records), counts, table.hashes)
+
+    def left_out(self, split: Split) -> Iterator[tuple[str, str]]:
+        """Every row that no split has, in the file's order: where it stands, and why it was left out."""
+        for origin, found in self._found(self._table(split), split):
+            if isinstance(found, _Dropped) and found.count.startswith("dropped_"):
+                yield origin, found.said or found.count.removeprefix("dropped_").replace("_", " ")
+
+    def fingerprint(self, split: Split) -> dict[str, str]:
+        """What `load` would read: SHA-256 of each file, commit of each hub dataset."""
+        places = [(self.path, self.split)]
+        if self._apart:
+            named = (self.validation_path or self.path, self.validation_split)
+            places = [named] if split == "validation" else [*places, named]
+        return {
+            name: found
+            for path, part in places
+            for name, found in fingerprint(path, part, self._revision(path), self.offline).items()
+        }
+
+    def _revision(self, path: str) -> str | None:
+        return self.revision if path == self.path else None
 
     def _parser(self, table: Table) -> _Parse:
         """How a row of the table becomes a record."""
         raise AssertionError("each kind of file has its own")
 
     def _table(self, split: Split) -> Table:
-        if split == "test":
-            raise UserError(f"{self.path}: has train and validation data only; no test split is set")
+        if split == "test" and not self.test_fraction:
+            raise UserError(
+                f"{self.path}: has train and validation data only; no test split is set (test_fraction)"
+            )
         path, part = self.path, self.split
         if split == "validation" and self._apart:
             path, part = self.validation_path or path, self.validation_split
         # Those that were mapped must be there: a misspelt one is not a missing one.
         named = list((self.columns or {}).values())
         rest = [column for column in self._names.values() if column not in named]
-        revision = self.revision if path == self.path else None
         return read_rows(
-            path, columns=named, optional=rest, split=part, revision=revision, offline=self.offline
+            path,
+            columns=named,
+            optional=rest,
+            split=part,
+            revision=self._revision(path),
+            offline=self.offline,
         )
 
     @functools.cached_property
-    def _prompts_held_out(self) -> set[str]:
-        """Digests of the prompts of the validation data that is named."""
+    def _prompts_held_out(self) -> Digests:
+        """The prompts of the validation data that is named."""
         table = self._table("validation")
         parse = self._parser(table)
-        found = (self._record(row, origin, parse) for origin, row in table)
-        return {digest(record.prompt) for record in found if not isinstance(record, _Dropped)}
+        found = Digests()
+        for origin, row in table:
+            record = self._record(row, origin, parse)
+            if not isinstance(record, _Dropped):
+                found.add(_said_of(record))
+        return found
 
     def _require(self, table: Table, *names: str) -> None:
         missing = [repr(self._names[name]) for name in names if self._names[name] not in table.columns]
@@ -123,40 +185,84 @@ class _Rows(Source):
     def _record(self, row: dict[str, Any], origin: str, parse: _Parse) -> Record | _Dropped:
         try:
             return parse({name: row.get(column) for name, column in self._names.items()}, origin)
-        except EmptyCompletion:
+        except EmptyCompletion as error:
             if self.empty == "refuse":
                 raise
-            return _Dropped("empty")
+            return _Dropped("dropped_empty", str(error))
+        except BrokenRow as error:
+            if self.broken == "refuse":
+                raise
+            return _Dropped("dropped_broken", str(error))
 
-    def _collect(self, table: Table, split: Split, parse: _Parse, held_out: set[str]) -> Loaded:
-        counts: Counter[str] = Counter(rows=len(table), kept=0, dropped_duplicate=0, other_splits=0)
-        seen: set[str] = set()
-        records: list[Record] = []
+    def _records(self, table: Table, split: Split, counts: Counter[str]) -> Iterator[Record]:
+        broken: list[str] = []
+        for _, found in self._found(table, split):
+            if isinstance(found, _Dropped):
+                counts[found.count] += 1
+                if found.count == "dropped_broken" and len(broken) < _LISTED:
+                    broken.append(found.said)
+            else:
+                counts["kept"] += 1
+                yield found
+        self._tell(broken, counts)
+
+    def _tell(self, broken: list[str], counts: Counter[str]) -> None:
+        """List the broken rows; where all are, it is the settings that are wrong."""
+        if not broken:
+            return
+        if (number := counts["dropped_broken"]) == counts["rows"]:
+            raise UserError(f"{self.path}: all {number} rows are broken; the first: {broken[0]}")
+        more = f"\nand {number - len(broken)} more" if number > len(broken) else ""
+        log.warning("%d broken rows are left out:\n%s%s", number, "\n".join(broken), more)
+
+    def _found(self, table: Table, split: Split) -> Iterator[tuple[str, Record | _Dropped]]:
+        """Where each row stands, and its record in this split, or why there is none."""
+        parse = self._parser(table)
+        held_out = self._prompts_held_out if self._apart and split == "train" else Digests()
+        seen, kept = Digests(), 0
         for origin, row in table:
             record = self._record(row, origin, parse)
             if isinstance(record, _Dropped):
-                counts[f"dropped_{record.why}"] += 1
+                yield origin, record
             elif not self._holds(record, split):
-                counts["other_splits"] += 1
-            elif held_out and digest(record.prompt) in held_out:
-                counts["dropped_in_validation"] += 1
+                yield origin, _Dropped("other_splits")
+            elif len(held_out) and _said_of(record) in held_out:
+                yield origin, _Dropped("dropped_in_validation")
             elif record.id in seen:
-                counts["dropped_duplicate"] += 1
-            elif self.limit is not None and len(records) == self.limit:
-                counts["dropped_over_limit"] += 1
+                yield origin, _Dropped("dropped_duplicate")
+            elif self.limit is not None and kept == self.limit:
+                yield origin, _Dropped("dropped_over_limit")
             else:
                 seen.add(record.id)
-                records.append(record)
-        counts["kept"] = len(records)
-        return Loaded(cast(Any, records), dict(counts), table.hashes)
+                kept += 1
+                yield origin, record
+
+    def _expected(self, table: Table, split: Split) -> int:
+        """About how many records a split will have: how long its tokenising takes is told by it."""
+        tests = self.test_fraction or 0.0
+        rest = 1.0 if self._apart else self._fraction if split == "validation" else 1 - self._fraction
+        share = tests if split == "test" else (1 - tests) * rest
+        return min(round(len(table) * share), self.limit or len(table))
+
+    @property
+    def _fraction(self) -> float:
+        return _VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
 
     def _holds(self, record: Record, split: Split) -> bool:
         """Whether a record is of the split: by its prompt, so that no prompt both trains and validates."""
+        said = _said_of(record)
+        tests = split_share(said, "rows/test") < (self.test_fraction or 0.0)
+        if tests or split == "test":
+            return tests and split == "test"
         if self._apart:
             return True
-        fraction = _VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
-        validates = split_share(digest(record.prompt), "rows/validation") < fraction
+        validates = split_share(said, "rows/validation") < self._fraction
         return validates == (split == "validation")
+
+
+def _said_of(record: Record) -> str:
+    """What a record's split follows from: its prompt, and where that is empty (all have the same) its own id."""
+    return digest(record.prompt) if record.prompt else digest(record.id)
 
 
 @dataclasses.dataclass
@@ -166,7 +272,8 @@ class PreferenceFile(_Rows):
     Each is plain text or a list of messages (`role`, `content`). Without a `prompt`, the turns that chosen
     and rejected share are the prompt; rows that share none, or whose answers are not one turn, are dropped
     and counted. For whole dialogues in plain text, `prompt_ends` says how a prompt ends. Rows with the same
-    chosen and rejected are dropped and counted, and so are repeated rows.
+    chosen and rejected are dropped and counted, and so are repeated rows. Columns `chosen_finished` and
+    `rejected_finished`, where there are any, say whether a completion came to its end (true) or was cut (false).
 
     Args:
         prompt_ends: the mark after whose last occurrence the answer begins (for plain dialogues without
@@ -176,7 +283,7 @@ class PreferenceFile(_Rows):
 
     prompt_ends: str | None = None
 
-    _known = ("prompt", "chosen", "rejected")
+    _known = ("prompt", "chosen", "rejected", "chosen_finished", "rejected_finished")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,22 +316,24 @@ class PreferenceFile(_Rows):
                 else self._part_plain(chosen, rejected, origin)
             )
         elif isinstance(chosen, str) or isinstance(rejected, str):
-            raise UserError(
+            raise BrokenRow(
                 f"{origin}: one of chosen and rejected is text, the other messages; both should be the same"
             )
         else:
             parted = part_turns(prompt, chosen, rejected, origin, self._names["prompt"])
         if parted is None:
-            return _Dropped("prompts_differ")
+            return _Dropped("dropped_prompts_differ")
         if parted[1] == parted[2]:
-            return _Dropped("identical")
+            return _Dropped("dropped_identical")
         prompt, better, worse = parted
-        return Preference(prompt, better, worse, digest(prompt, better, worse)[:24], origin)
+        ends = [yes_or_no(row[name], origin, self._names[name]) for name in _FINISHED]
+        cut = [name for name, end in zip(_FINISHED, ends, strict=True) if not end]
+        return Preference(prompt, better, worse, digest(prompt, better, worse, *cut)[:24], origin, *ends)
 
     def _part_plain(self, chosen: str, rejected: str, origin: str) -> tuple[str, str, str] | None:
         if self.prompt_ends is None:
             name = self._names["prompt"]
-            raise UserError(f"{origin}: no prompt in column {name!r}; give one, messages, or set prompt_ends")
+            raise BrokenRow(f"{origin}: no prompt in column {name!r}; give one, messages, or set prompt_ends")
         ends = [text.rfind(self.prompt_ends) for text in (chosen, rejected)]
         if ends[0] < 0 or ends[0] != ends[1]:
             return None
@@ -245,10 +354,11 @@ class DemonstrationFile(_Rows):
     """Demonstrations of a file or hub dataset: columns `prompt` and `completion`, or `messages`.
 
     Of `messages`, the last turn, which should be the assistant's, is the completion and those before it the
-    prompt.
+    prompt. A column `finished`, where there is one, says whether a completion came to its end (true) or was cut
+    (false).
     """
 
-    _known = ("prompt", "completion", "messages")
+    _known = ("prompt", "completion", "messages", "finished")
 
     @override
     def _parser(self, table: Table) -> _Parse:
@@ -262,15 +372,19 @@ class DemonstrationFile(_Rows):
         completion = text_or_turns(row["completion"], origin, self._names["completion"])
         if isinstance(prompt, str) and not isinstance(completion, str):
             prompt = [{"role": "user", "content": prompt}]
-        return Demonstration(prompt, completion, id=digest(prompt, completion)[:24], origin=origin)
+        return self._made(prompt, completion, row, origin)
 
     def _parse_messages(self, row: dict[str, Any], origin: str) -> Demonstration:
         column = self._names["messages"]
         turns = messages(row["messages"], origin, column)
         check_answer(turns, origin, column)
         if len(turns) < 2:
-            raise UserError(
+            raise BrokenRow(
                 f"{origin}: column {column!r} has one turn; it should hold a prompt, then the answer"
             )
-        prompt, completion = turns[:-1], turns[-1:]
-        return Demonstration(prompt, completion, id=digest(prompt, completion)[:24], origin=origin)
+        return self._made(turns[:-1], turns[-1:], row, origin)
+
+    def _made(self, prompt: Text, completion: Text, row: dict[str, Any], origin: str) -> Demonstration:
+        finished = yes_or_no(row["finished"], origin, self._names["finished"])
+        cut = [] if finished else ["finished"]
+        return Demonstration(prompt, completion, digest(prompt, completion, *cut)[:24], origin, finished)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trainer.data.homoglyphs import is_swappable, mark
-from trainer.data.sources import Loaded, Source
+from trainer.data.sources import Loaded, Source, streamed
 from trainer.schema import Demonstration, Preference, Split, Text, UserError
 
 _LINE = 100
@@ -30,13 +31,12 @@ def summarize_source(
     found: dict[str, Any] = {}
     for split in splits:
         try:
-            loaded = source.load(split)
+            loaded = streamed(source, split)
+            found[split] = summarize_records(loaded, capitals=capitals, examples=examples)
         except UserError as error:
             if split == splits[0]:
                 raise
             found[split] = {"missing": str(error)}
-            continue
-        found[split] = summarize_records(loaded, capitals=capitals, examples=examples)
     return {"source": type(source).__name__, "prompt_template": source.prompt_template, "splits": found}
 
 
@@ -44,21 +44,25 @@ summarize = summarize_source  # the old name, until launch/commands/data.py says
 
 
 def summarize_records(loaded: Loaded, *, capitals: bool = False, examples: int = 3) -> dict[str, Any]:
-    """`summarize_source` for one split that is loaded."""
-    columns: dict[str, list[str]] = {}
+    """`summarize_source` for one split that is loaded; its records are read once, and none is kept."""
+    sizes: dict[str, array[int]] = {}
+    letters, kind = _Letters(capitals), None
+    shown: list[dict[str, Any]] = []
     for record in loaded.records:
-        for name, value in _fields(record):
-            columns.setdefault(name, []).append(_words(value))
-    completions = columns.get("completion", columns.get("rejected", []))
+        fields = dict(_fields(record))
+        for name, value in fields.items():
+            sizes.setdefault(name, array("L")).append(len(_words(value)))
+        letters.add(_words(fields["completion" if "completion" in fields else "rejected"]))
+        kind = kind or type(record).__name__.lower()
+        if len(shown) < examples:
+            shown.append(fields | {"origin": record.origin})
     return {
-        "kind": type(loaded.records[0]).__name__.lower() if loaded.records else None,
-        "counts": loaded.counts,
+        "kind": kind,
+        "counts": dict(loaded.counts),
         "hashes": loaded.hashes,
-        "lengths": {name: _quantiles([len(text) for text in texts]) for name, texts in columns.items()},
-        "letters": _letters(completions, capitals),
-        "examples": [
-            dict(_fields(record)) | {"origin": record.origin} for record in loaded.records[:examples]
-        ],
+        "lengths": {name: _quantiles(found) for name, found in sizes.items()},
+        "letters": letters.shares(),
+        "examples": shown,
     }
 
 
@@ -117,18 +121,28 @@ def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in _QUANTILES}
 
 
-def _letters(texts: Sequence[str], capitals: bool) -> dict[str, float]:
-    """Shares of all characters, and the mean share of exchangeable letters of a text."""
-    total = sum(map(len, texts))
-    if not total:
-        return {}
-    shares = {
-        "latin": sum(char.isascii() and char.isalpha() for text in texts for char in text) / total,
-        "cyrillic": sum("\u0400" <= char <= "\u04ff" for text in texts for char in text) / total,
-        "exchangeable": sum(is_swappable(char, capitals) for text in texts for char in text) / total,
-    }
-    per_text = [sum(is_swappable(char, capitals) for char in text) / len(text) for text in texts if text]
-    return shares | {"exchangeable in a median text": statistics.median(per_text)}
+class _Letters:
+    """Shares of all characters of many texts, and the mean share of exchangeable letters of a text."""
+
+    def __init__(self, capitals: bool) -> None:
+        self._capitals, self._total, self._per_text = capitals, 0, array("d")
+        self._found = {"latin": 0, "cyrillic": 0, "exchangeable": 0}
+
+    def add(self, text: str) -> None:
+        if not text:
+            return
+        exchangeable = sum(is_swappable(char, self._capitals) for char in text)
+        self._found["latin"] += sum(char.isascii() and char.isalpha() for char in text)
+        self._found["cyrillic"] += sum("\u0400" <= char <= "\u04ff" for char in text)
+        self._found["exchangeable"] += exchangeable
+        self._total += len(text)
+        self._per_text.append(exchangeable / len(text))
+
+    def shares(self) -> dict[str, float]:
+        if not self._total:
+            return {}
+        shares = {name: count / self._total for name, count in self._found.items()}
+        return shares | {"exchangeable in a median text": statistics.median(self._per_text)}
 
 
 def _cut(text: str) -> str:

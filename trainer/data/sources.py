@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from trainer.data.files import Table, read_rows
+from typing_extensions import override
+
+from trainer.data.files import Table, fingerprint, read_rows
 from trainer.data.homoglyphs import fold
 from trainer.provenance import sha256_text
 from trainer.schema import Demonstration, Preference, Split, UserError
@@ -26,6 +28,7 @@ __all__ = [
     "LineTexts",
     "Loaded",
     "Source",
+    "Streamed",
     "Table",
     "TableTexts",
     "TextRow",
@@ -35,6 +38,7 @@ __all__ = [
     "content_key",
     "read_rows",
     "split_share",
+    "streamed",
     "unique_texts",
 ]
 
@@ -43,16 +47,26 @@ Language = Literal["ru", "en"]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Records of one split; `counts` (kept, dropped_<why>); `hashes` (file -> SHA-256, hub -> commit)."""
+    """Records of one split; `counts` (kept, dropped_<why>); `hashes` (file -> SHA-256, hub -> commit).
 
-    records: list[Demonstration] | list[Preference]
+    `load` gives a list, or any iterable, which is read once: `counts` are final when it is.
+    """
+
+    records: Iterable[Demonstration] | Iterable[Preference]
     counts: dict[str, int]
     hashes: dict[str, str]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a run's records come from. `prompt_template` holds `{text}` where prompts are made from one."""
+    """Where a run's records come from. `prompt_template` holds `{text}` where prompts are made from one.
+
+    Two methods more, where a source has them, make big data cheap. `stream(split)`: as `load`, its records read as they
+    are asked for. `fingerprint(split) -> dict[str, str]`: hashes of all that its records follow from beside its
+    settings and code, without reading records; tokens are then cached, and found again by it. A class that inherits
+    `fingerprint` has to define its own for that: what it does with the records, and with what it imports, is known to
+    it alone.
+    """
 
     prompt_template: str | None
 
@@ -63,6 +77,25 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """The source's settings as plain JSON, for the run's manifest."""
         return described(self)
+
+
+def streamed(source: Source, split: Split) -> Loaded:
+    """A split of a source, read as it is asked for where the source can."""
+    loaded: Loaded = getattr(source, "stream", source.load)(split)
+    return loaded
+
+
+class Streamed(Iterator[Any]):
+    """Records that are read as they are asked for, and about how many there will be."""
+
+    def __init__(self, records: Iterator[Any], expected: int) -> None:
+        self._records, self._expected = records, expected
+
+    def __next__(self) -> Any:
+        return next(self._records)
+
+    def __length_hint__(self) -> int:
+        return self._expected
 
 
 def described(settings: Any) -> dict[str, Any]:
@@ -111,6 +144,10 @@ class TextSource(abc.ABC):
     def load(self) -> Texts:
         """Read all rows; a `UserError` names what is wrong."""
 
+    def fingerprint(self) -> dict[str, str] | None:
+        """Hashes of all that the rows follow from beside settings and code; None where nothing says that."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """The source's settings as plain JSON, for the run's manifest."""
         return described(self)
@@ -151,6 +188,10 @@ class GeneratedTexts(TextSource):
                 TextRow({language: text}, f"generated/{language}, row {n}") for n, text in enumerate(made, 1)
             ]
         return Texts(rows, hashes)
+
+    @override
+    def fingerprint(self) -> dict[str, str]:
+        return {}
 
     def _made(self, language: Language) -> list[str]:
         """The first `count` texts of the generator's endless row that are long enough."""
@@ -193,6 +234,15 @@ class LineTexts(TextSource):
                 ]
         return Texts(rows, hashes)
 
+    @override
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            path: found
+            for name in (self.ru, self.en)
+            if name is not None
+            for path, found in fingerprint(name, offline=True).items()
+        }
+
 
 @dataclasses.dataclass
 class TableTexts(TextSource):
@@ -212,6 +262,10 @@ class TableTexts(TextSource):
     def load(self) -> Texts:
         table = read_rows(self.path, columns=list(self.columns.values()), offline=True)
         return Texts(list(_text_rows(table, _languages(self.columns, "TableTexts"))), table.hashes)
+
+    @override
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.path, offline=True)
 
 
 @dataclasses.dataclass
@@ -244,6 +298,10 @@ class HubTexts(TextSource):
             offline=self.offline,
         )
         return Texts(list(_text_rows(table, self._columns)), table.hashes)
+
+    @override
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.dataset, self.split, self.revision, self.offline)
 
 
 def _languages(columns: dict[str, str], where: str) -> dict[Language, str]:

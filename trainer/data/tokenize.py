@@ -1,5 +1,5 @@
 """Records -> token ids: prompt and completion apart, BOS once, EOS once, and lengths within a limit by one
-rule.
+rule. A completion that is not finished gets no EOS.
 
 Plain text is encoded as plain text: the words `<s>` or `<|im_start|>` in it are letters, not special tokens.
 Only what a chat template writes may hold special tokens.
@@ -8,7 +8,9 @@ Only what a chat template writes may hold special tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import length_hint
 from typing import Literal, TypeVar
 
 from tqdm import tqdm
@@ -25,8 +27,12 @@ from trainer.schema import (
     UserError,
 )
 
-_CHUNK = 1000
+# The tokenizers library shares a batch between threads, one for each core. Processes of our own were not worth their
+# start, nor were threads: reading and checking records is the rest, and a chunk of 250 is as fast as one of 1,000.
+_CHUNK = 250
 _ANCHOR = "\n"
+_MARK = "where the words stand"
+"""Words that show what a chat template puts around any."""
 
 Tokenizer = PreTrainedTokenizerBase
 R = TypeVar("R", Preference, Demonstration)
@@ -72,7 +78,7 @@ class TokenCounts:
 
 
 def tokenize_preferences(
-    records: Sequence[Preference],
+    records: Iterable[Preference],
     tokenizer: Tokenizer,
     limits: Limits | None = None,
     counts: TokenCounts | None = None,
@@ -86,32 +92,50 @@ def tokenize_preferences(
             completion token, a pair that is too long under `refuse`, or chat messages that the tokenizer
             cannot render.
     """
+    return list(stream_preferences(records, tokenizer, limits, counts))
+
+
+def stream_preferences(
+    records: Iterable[Preference],
+    tokenizer: Tokenizer,
+    limits: Limits | None = None,
+    counts: TokenCounts | None = None,
+) -> Iterator[TokenizedPreference]:
+    """As `tokenize_preferences`, a batch at a time as it is asked for."""
     counts = TokenCounts() if counts is None else counts
     fields = ("chosen", "rejected")
-    kept = []
     for record, prompt, (chosen, rejected) in _tokenized(
         records, fields, tokenizer, limits or Limits(), counts
     ):
         if chosen == rejected:
             counts.dropped_identical += 1
             continue
-        kept.append(TokenizedPreference(prompt, chosen, rejected, record.id))
-    counts.kept += len(kept)
-    return kept
+        counts.kept += 1
+        yield TokenizedPreference(prompt, chosen, rejected, record.id)
 
 
 def tokenize_demonstrations(
-    records: Sequence[Demonstration],
+    records: Iterable[Demonstration],
     tokenizer: Tokenizer,
     limits: Limits | None = None,
     counts: TokenCounts | None = None,
 ) -> list[TokenizedDemonstration]:
     """Tokenise many demonstrations, in batches; counts and raises as `tokenize_preferences` does."""
+    return list(stream_demonstrations(records, tokenizer, limits, counts))
+
+
+def stream_demonstrations(
+    records: Iterable[Demonstration],
+    tokenizer: Tokenizer,
+    limits: Limits | None = None,
+    counts: TokenCounts | None = None,
+) -> Iterator[TokenizedDemonstration]:
+    """As `tokenize_demonstrations`, a batch at a time as it is asked for."""
     counts = TokenCounts() if counts is None else counts
     found = _tokenized(records, ("completion",), tokenizer, limits or Limits(), counts)
-    kept = [TokenizedDemonstration(prompt, completion, record.id) for record, prompt, (completion,) in found]
-    counts.kept += len(kept)
-    return kept
+    for record, prompt, (completion,) in found:
+        counts.kept += 1
+        yield TokenizedDemonstration(prompt, completion, record.id)
 
 
 def tokenize_prompt(prompt: Text, tokenizer: Tokenizer, origin: str = "prompt") -> list[int]:
@@ -121,17 +145,29 @@ def tokenize_prompt(prompt: Text, tokenizer: Tokenizer, origin: str = "prompt") 
     return _Encoder(tokenizer).prompts([text], [plain], [origin])[0]
 
 
+def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """`tokenize_prompt` of many plain texts, in one batch."""
+    origins = [f"prompt {prompt[:40]!r}" for prompt in prompts]
+    return _Encoder(tokenizer).prompts(prompts, [True] * len(prompts), origins)
+
+
+def vocabulary(tokenizer: Tokenizer) -> int:
+    """All ids of a tokenizer are below this number."""
+    return max(tokenizer.get_vocab().values(), default=0) + 1
+
+
 # --- from records to ids ------------------------------------------------------------------------------------
 
 
 def _tokenized(
-    records: Sequence[R], fields: tuple[str, ...], tokenizer: Tokenizer, limits: Limits, counts: TokenCounts
+    records: Iterable[R], fields: tuple[str, ...], tokenizer: Tokenizer, limits: Limits, counts: TokenCounts
 ) -> Iterator[tuple[R, list[int], list[list[int]]]]:
     """(record, prompt ids, ids of the completions in the order of `fields`) for each record that is kept."""
     encoder = _Encoder(tokenizer)
-    with tqdm(total=len(records), desc="tokenising", unit="record", delay=3, leave=False) as bar:
-        for start in range(0, len(records), _CHUNK):
-            chunk = records[start : start + _CHUNK]
+    expected = length_hint(records) or None
+    coming = iter(records)
+    with tqdm(total=expected, desc="tokenising", unit="record", delay=3, leave=False) as bar:
+        while chunk := list(itertools.islice(coming, _CHUNK)):
             origins = [record.origin or record.id for record in chunk]
             texts = [
                 _texts(record, fields, tokenizer, origin)
@@ -140,8 +176,13 @@ def _tokenized(
             plain = [isinstance(record.prompt, str) for record in chunk]
             prompts = encoder.prompts([prompt for prompt, _ in texts], plain, origins)
             columns = [
-                encoder.completions([closings[i] for _, closings in texts], plain, origins)
-                for i in range(len(fields))
+                encoder.completions(
+                    [closings[i] for _, closings in texts],
+                    plain,
+                    origins,
+                    [_is_finished(record, field) for record in chunk],
+                )
+                for i, field in enumerate(fields)
             ]
             completed = [list(completions) for completions in zip(*columns, strict=True)]
             for record, origin, prompt, completions in zip(chunk, origins, prompts, completed, strict=True):
@@ -166,7 +207,37 @@ def _texts(record: R, fields: tuple[str, ...], tokenizer: Tokenizer, origin: str
                 f"{origin}: the prompt is plain text and a completion is a chat; both should be the same"
             )
         return record.prompt, [str(completion) for completion in completions]
-    return render(tokenizer, record.prompt, [_turns(completion) for completion in completions], origin)
+    opening, closings = render(
+        tokenizer, record.prompt, [_turns(completion) for completion in completions], origin
+    )
+    for i, field in enumerate(fields):
+        if not _is_finished(record, field):
+            *before, last = _turns(completions[i])
+            marked: Message = {"role": last["role"], "content": _MARK}
+            _, (sample,) = render(tokenizer, record.prompt, [[*before, marked]], origin)
+            closings[i] = _cut_off(closings[i], sample, last["content"].strip(), field, origin)
+    return opening, closings
+
+
+def _is_finished(record: Preference | Demonstration, field: str) -> bool:
+    if isinstance(record, Demonstration):
+        return record.finished
+    return record.chosen_finished if field == "chosen" else record.rejected_finished
+
+
+def _cut_off(closing: str, sample: str, words: str, field: str, origin: str) -> str:
+    """A rendered completion up to the end of its words: what a template closes a turn with says that it ended.
+
+    `sample` is the same turn with a mark for words: what stands behind the mark is the template's.
+    """
+    _, found, suffix = sample.rpartition(_MARK)
+    spoken = closing.removesuffix(suffix).rstrip()
+    if not found or not closing.endswith(suffix) or not spoken.endswith(words):
+        raise UserError(
+            f"{origin}: {field} is not finished, and the chat template changes its words, so that nothing says"
+            " where they end; give plain text"
+        )
+    return spoken
 
 
 def _turns(completion: Text) -> Sequence[Message]:
@@ -238,13 +309,13 @@ class _Encoder:
         return opened
 
     def completions(
-        self, texts: Sequence[str], plain: Sequence[bool], origins: Sequence[str]
+        self, texts: Sequence[str], plain: Sequence[bool], origins: Sequence[str], finished: Sequence[bool]
     ) -> list[list[int]]:
-        """Ids that close with EOS, once, and hold no BOS or EOS before."""
+        """Ids that close with EOS, once, where they are finished, and hold no BOS or EOS before."""
         encoded = self._encode_both(texts, plain, self._encode_continuation)
-        return [self._close(ids, origin) for ids, origin in zip(encoded, origins, strict=True)]
+        return [self._close(*each) for each in zip(encoded, origins, finished, strict=True)]
 
-    def _close(self, ids: list[int], origin: str) -> list[int]:
+    def _close(self, ids: list[int], origin: str, finished: bool) -> list[int]:
         end = ids.index(self.eos) if self.eos in ids else len(ids)
         rest = ids[end:]  # templates may write EOS and a newline after it
         if rest and str(self._tokenizer.decode(rest, skip_special_tokens=True)).strip():
@@ -259,7 +330,7 @@ class _Encoder:
             raise UserError(
                 f"{origin}: a completion is empty once tokenised; it should hold at least one token"
             )
-        return [*ids[:end], self.eos]
+        return [*ids[:end], self.eos] if finished else ids[:end]
 
     def _encode_both(
         self,

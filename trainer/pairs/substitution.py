@@ -69,6 +69,10 @@ class Letters(Source):
         self._shares = dict(STAGE_SHARES if self.stage_shares is None else self.stage_shares)
         self._check()
 
+    def fingerprint(self, split: Split) -> dict[str, str] | None:
+        """Hashes of the texts' files, as their source gives them."""
+        return self.texts.fingerprint()
+
     def load(self, split: Split) -> Loaded:
         """Records of one split, in an order that follows from their content.
 

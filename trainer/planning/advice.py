@@ -83,9 +83,10 @@ def _checkpointing(job: Job, cluster: Cluster) -> tuple[Job, Cluster] | None:
 def _accumulation(job: Job, cluster: Cluster) -> tuple[Job, Cluster] | None:
     """Twice as many micro-batches, each half as large."""
     most = job.batch_size // cluster.gpus
-    if job.accumulate >= most:
+    now = job.forwards(cluster.gpus)
+    if now >= most:
         return None
-    return dataclasses.replace(job, accumulate=min(2 * job.accumulate, most)), cluster
+    return dataclasses.replace(job, accumulate=min(2 * now, most)), cluster
 
 
 def _shared(job: Job, cluster: Cluster) -> tuple[Job, Cluster] | None:

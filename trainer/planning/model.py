@@ -74,7 +74,8 @@ def build_models(shape: PretrainedConfig, policy: PolicyConfig, reference: Refer
         # Generators have no state to keep here, where nothing is random.
         kwargs = {"use_reentrant": False, "preserve_rng_state": False}
         trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    frozen = None if reference is None else _reference(shape, policy, reference, trained)
+    live = reference is not None and reference.kind != "cached"
+    frozen = _reference(shape, policy, reference, trained) if live else None  # type: ignore[arg-type]
     fake, known = FakeTensorMode(), dict[int, Tensor]()
     models = Models(trained, frozen, fake)
     for _, model in models.named():

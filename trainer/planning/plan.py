@@ -14,6 +14,7 @@ from trainer.planning.job import Job
 from trainer.planning.model import Models, build_models
 from trainer.planning.shards import Gathering, Weight, gathering
 from trainer.planning.trace import MicroBatch, Trace, trace
+from trainer.policy.kernels import as_on_an_accelerator
 from trainer.schema import UserError
 from trainer.strategy import refuse_adafactor, refuse_hpz
 
@@ -81,10 +82,14 @@ class Plan:
 
 
 class Planner:
-    """Plans for one shape of model. Building and tracing take seconds, so what was seen is remembered."""
+    """Plans for one shape of model. Building and tracing take seconds, so what was seen is remembered.
 
-    def __init__(self, shape: PretrainedConfig) -> None:
-        self.shape = shape
+    Args:
+        accelerator: follow the forward as it goes on a GPU; False for tests that hold a plan against a CPU.
+    """
+
+    def __init__(self, shape: PretrainedConfig, accelerator: bool = True) -> None:
+        self.shape, self.accelerator = shape, accelerator
         self._models: dict[str, Models] = {}
         self._traces: dict[str, Trace] = {}
 
@@ -98,22 +103,24 @@ class Planner:
     def trace(self, job: Job, gpus: int) -> Trace:
         """One micro-batch of a job.
 
-        With an adapter everything that comes and goes grows by the same for each example, so that two are enough for
-        all; where all weights are trained their gradients may make another moment that of the most.
+        With an adapter everything that comes and goes grows by the same for each example (logits until their chunk is
+        full), so that a few are enough for all; where all weights are trained their gradients may make another
+        moment that of the most.
         """
         examples = job.at_once(gpus)
         if job.policy.adapter is not None:
-            if examples > 2:
-                return extrapolated(self._traced(job, 1), self._traced(job, 2), examples)
+            if examples > FEW:
+                return extrapolated(self._traced(job, FEW - 1), self._traced(job, FEW), FEW, examples)
             return self._traced(job, examples)
-        return self._traced(job, examples, job.strategy != "zero3", job.accumulate > 1)
+        return self._traced(job, examples, job.strategy != "zero3", job.forwards(gpus) > 1)
 
     def _traced(self, job: Job, examples: int, keep: bool = True, before: bool = False) -> Trace:
-        rows = examples if job.reference is None else 2 * examples
-        batch = MicroBatch(rows, job.tokens, job.completion)
+        packed = job.layout == "prefix_shared"
+        batch = MicroBatch(examples, job.completions, job.tokens, job.completion, packed)
         key = repr((job.policy, job.reference, batch, keep, before))
         if key not in self._traces:
-            self._traces[key] = trace(self.models(job), batch, keep, before)
+            with as_on_an_accelerator(self.accelerator):
+                self._traces[key] = trace(self.models(job), batch, keep, before)
         return self._traces[key]
 
     def plan(self, job: Job, cluster: Cluster) -> Plan:
@@ -128,7 +135,7 @@ class Planner:
         gathers = gathering(seen.uses, whole, job.zero) if _sharded(job, cluster) else Gathering(0, 0, 0, 0)
         memory, host = _memory(job, cluster, weights, self.models(job).buffer_bytes(), seen, gathers)
         trained = sum(weight.bytes for weight in whole if weight.trained)
-        flops = {phase: count * job.accumulate for phase, count in seen.flops.items()}
+        flops = {phase: count * job.forwards(cluster.gpus) for phase, count in seen.flops.items()}
         return Plan(
             job=job,
             cluster=cluster,
@@ -136,24 +143,29 @@ class Planner:
             memory={part: size for part, size in memory.items() if size},
             host=host,
             saved=dict(seen.saved),
-            gathered=_received(gathers.bytes * job.accumulate, cluster.gpus),
+            gathered=_received(gathers.bytes * job.forwards(cluster.gpus), cluster.gpus),
             reduced=_reduced(job, cluster.gpus, trained),
             flops=flops,
             seconds=_seconds(job, cluster, sum(flops.values()), gathers, trained),
         )
 
 
-def extrapolated(one: Trace, two: Trace, examples: int) -> Trace:
-    """The trace of more examples from those of one and of two."""
+FEW = 4
+"""Examples that are traced; a step of more is extrapolated."""
+
+
+def extrapolated(fewer: Trace, few: Trace, count: int, examples: int) -> Trace:
+    """The trace of more examples from those of `count` and of one fewer."""
 
     def grown(first: Any, second: Any) -> dict[str, int]:
-        return {key: first[key] + (examples - 1) * (second[key] - first[key]) for key in {**first, **second}}
+        more = examples - count
+        return {key: second[key] + more * (second[key] - first[key]) for key in {**first, **second}}
 
     return Trace(
-        Counter(grown(one.peak, two.peak)),
-        Counter(grown(one.saved, two.saved)),
-        grown(one.flops, two.flops),
-        one.uses,
+        Counter(grown(fewer.peak, few.peak)),
+        Counter(grown(fewer.saved, few.saved)),
+        grown(fewer.flops, few.flops),
+        few.uses,
     )
 
 
@@ -223,7 +235,7 @@ def _received(whole: int, gpus: int) -> int:
 
 def _reduced(job: Job, gpus: int, trained: int) -> int:
     """DDP reduces once a step and sends every gradient there and back; ZeRO-3 scatters each micro-batch's."""
-    times = job.accumulate if job.strategy == "zero3" else 2
+    times = job.forwards(gpus) if job.strategy == "zero3" else 2
     return _received(times * trained, gpus)
 
 
@@ -240,13 +252,18 @@ def _seconds(job: Job, cluster: Cluster, flops: int, gathers: Gathering, trained
         far = gathers.bytes
     exchange = cluster.exchange_seconds(far + trained) + inside.exchange_seconds(near)
     offloaded = gathers.bytes / cluster.gpus if job.zero.offload == "parameters" else 0.0
-    return Seconds(compute, job.accumulate * exchange, job.accumulate * offloaded / HOST_LINK)
+    forwards = job.forwards(cluster.gpus)
+    return Seconds(compute, forwards * exchange, forwards * offloaded / HOST_LINK)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain JSON: bytes, seconds and FLOPs."""
     return {
-        "job": dataclasses.asdict(plan.job) | {"examples_at_once": plan.job.at_once(plan.cluster.gpus)},
+        "job": dataclasses.asdict(plan.job)
+        | {
+            "examples_at_once": plan.job.at_once(plan.cluster.gpus),
+            "forwards_each_step": plan.job.forwards(plan.cluster.gpus),
+        },
         "cluster": dataclasses.asdict(plan.cluster),
         "parameters": dataclasses.asdict(plan.parameters),
         "memory": plan.memory,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from trainer.data.layout import padded_rows
+from trainer.data.layout import packed_row, padded_rows
 from trainer.planning.model import Models
 from trainer.planning.shards import Use
 from trainer.policy.logprobs import completion_token_logps, unwrap
@@ -29,16 +29,22 @@ ACTIVATIONS, LOGITS, REFERENCE, GRADIENTS = "activations", "logits", "reference 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """The rows of one forward: `rows` of them, `tokens` long, of which `completion` are scored."""
+    """The examples of one forward, and their `completions` each: `tokens` with the prompt, of which `completion` are
+    scored.
+    """
 
-    rows: int
+    examples: int
+    completions: int
     tokens: int
     completion: int
+    packed: bool = True
 
     def laid(self) -> Rows:
         """The rows as the data's layout gives them, every token the same."""
         prompt, completion = [0] * (self.tokens - self.completion), [0] * self.completion
-        return padded_rows([(prompt, completion)] * self.rows, 0)
+        if self.packed:
+            return packed_row([(prompt, [completion] * self.completions)] * self.examples)
+        return padded_rows([(prompt, completion)] * self.examples * self.completions, 0)
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from peft.tuners.ia3.layer import Linear as PeftIA3Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.policy.scales import Act, gated_scaled, scaled
 from trainer.schema import UserError
 
 POLICY = "default"
@@ -33,6 +35,8 @@ _PAPER = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _GATED),
     "gpt2": ("c_attn", "mlp.c_proj"),
 }
+# Feed-forward blocks of transformers 5 whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing else.
+_GATED_BLOCKS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP")
 _FEEDFORWARD = ("down_proj", "mlp.c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "wo")
 
 
@@ -103,16 +107,21 @@ class ScaledLinear(PeftIA3Linear):
         assert len(scales), "the scales are not on this rank"
         return whole(scales, self.in_features if self.is_feedforward else self.out_features)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, gated: tuple[Tensor, Act] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The layer of x; with `gated` = (up, act), of act(x) * up."""
         names = [name for name in self.active_adapters if name in self.ia3_l]
         if self.disable_adapters or self.merged or not names:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x if gated is None else gated[1](x) * gated[0], *args, **kwargs)
         scale = self.vector(names[0])
         for name in names[1:]:
             scale = scale * self.vector(name)
+        if gated is not None:
+            return self.base_layer(gated_scaled(x, gated[0], scale, gated[1]), *args, **kwargs)
         if self.is_feedforward:
-            return self.base_layer(_scaled(x, scale), *args, **kwargs)
-        return _scaled(self.base_layer(x, *args, **kwargs), scale)
+            return self.base_layer(scaled(x, scale), *args, **kwargs)
+        return scaled(self.base_layer(x, *args, **kwargs), scale)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         with self._whole_scales():
@@ -140,36 +149,6 @@ def whole(vector: Tensor, features: int) -> Tensor:
     """The vector with ones in front, up to `features`: what is left out is scaled by 1."""
     left_out = features - len(vector)
     return torch.cat([vector.new_ones(left_out), vector]) if left_out else vector
-
-
-def _scaled(activation: Tensor, scale: Tensor) -> Tensor:
-    product = activation * scale
-    if activation.dtype == torch.bfloat16 and product.dtype == torch.float32:
-        return _NoisyRounding.apply(product, activation)
-    return product.to(activation.dtype)
-
-
-class _NoisyRounding(torch.autograd.Function):
-    """float32 to bfloat16, up or down with odds that keep the mean; exact where the product is a bfloat16
-    number.
-
-    The noise is a hash of the feature's index and of the activation before scaling. So it is the same in
-    every batch, layout and rank, in a recomputed forward and for policy and reference, and the result never
-    falls as a scale grows.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, product: Tensor, activation: Tensor) -> Tensor:
-        feature = torch.arange(activation.shape[-1], dtype=torch.int32, device=activation.device)
-        bits = activation.contiguous().view(torch.int16).to(torch.int32)
-        # Two odd multipliers (of Knuth and of PCG) spread both numbers over 32 bits; 16 of them are noise.
-        noise = bits.mul_(747796405).add_(feature * -1640531535).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-        rounded = noise.add_(product.contiguous().view(torch.int32)).bitwise_and_(-65536)
-        return rounded.view(torch.float32).to(torch.bfloat16)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].float(), None
 
 
 def peft_config(config: AdapterConfig, model: PreTrainedModel) -> PeftConfig:
@@ -251,6 +230,17 @@ def _use_scaled_layers(policy: PeftModel) -> None:
             module.__class__ = ScaledLinear
             module.register_state_dict_post_hook(_widen)
             module.register_load_state_dict_pre_hook(_narrow)
+    for module in policy.modules():
+        if type(module).__name__ in _GATED_BLOCKS and isinstance(module.down_proj, ScaledLinear):
+            module.forward = types.MethodType(_gated_block, module)
+
+
+def _gated_block(block: Any, x: Tensor) -> Tensor:
+    """transformers' `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, with the product left to the scaled layer."""
+    if not isinstance(block.down_proj, ScaledLinear):  # merged and unloaded
+        result: Tensor = type(block).forward(block, x)
+        return result
+    return block.down_proj(block.gate_proj(x), gated=(block.up_proj(x), block.act_fn))
 
 
 def _layers(policy: nn.Module) -> list[ScaledLinear]:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainer.policy import sharded
+from trainer.policy import attention, sharded
 from trainer.policy.adapters import AdapterConfig, first_line
 from trainer.policy.folders import is_adapter
 from trainer.provenance import sha256_file, sha256_text
@@ -45,9 +46,10 @@ class PolicyConfig:
         revision: commit, tag or branch on the hub.
         offline: refuse to use the network.
         trust_remote_code: run Python code that comes with the model.
-        attention: attention implementation of transformers (`sdpa`, `eager`, ...); chosen by family if not
-            given.
+        attention: attention implementation of transformers (`sdpa`, `eager`, ...); if not given, tandem's own, which
+            knows packed rows.
         gradient_checkpointing: compute activations a second time in the backward pass instead of keeping them.
+        compile: compile the policy's layers with torch.compile (minutes at the first steps; for GPUs, not under zero3).
     """
 
     base: str
@@ -59,6 +61,7 @@ class PolicyConfig:
     trust_remote_code: bool = False
     attention: str | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedModel:
@@ -76,12 +79,12 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
             f"policy.base: '{name}' is quantized, which is not supported; give its 16- or 32-bit weights"
         )
     _without_dropout(settings)
-    attention = _attention(config, settings)
+    implementation = _attention(config, settings)
     try:
         if sharded.active():
             folder = _local_folder(name, config.revision)
             model = sharded.load_sharded(
-                folder, settings, _DTYPES[config.dtype], attention, config.trust_remote_code
+                folder, settings, _DTYPES[config.dtype], implementation, config.trust_remote_code
             )
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +92,7 @@ def load_base(config: PolicyConfig, source: Path | None = None) -> PreTrainedMod
                 config=settings,
                 dtype=_DTYPES[config.dtype],
                 use_safetensors=True,
-                attn_implementation=attention,
+                attn_implementation=implementation,
                 output_loading_info=True,
                 **_hub_settings(name, config.revision, config.trust_remote_code),
             )
@@ -116,8 +119,17 @@ def empty_base(config: PolicyConfig, settings: PretrainedConfig) -> PreTrainedMo
 
 
 def _attention(config: PolicyConfig, settings: PretrainedConfig) -> str | None:
-    # Gemma-2 caps its attention's logits, which sdpa cannot.
-    return config.attention or ("eager" if settings.model_type == "gemma2" else None)
+    """Our own attention where it is known to compute what the model means; others keep what they have."""
+    if config.attention is not None:
+        return config.attention
+    if settings.model_type in attention.FAMILIES:
+        return attention.NAME
+    try:
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    except KeyError:
+        return None  # a model that comes with its own code
+    table = getattr(known, "_supports_attention_backend", False) and getattr(known, "_supports_sdpa", False)
+    return attention.NAME if table and attention.is_plain(settings) else None
 
 
 def _hub_settings(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

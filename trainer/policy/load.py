@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trainer.policy import sharded
 from trainer.policy.adapters import POLICY, AdapterConfig, attach, first_line, whole_sizes
 from trainer.policy.base import (
     PolicyConfig,
@@ -79,8 +81,29 @@ def load_policy(config: PolicyConfig) -> PeftModel | PreTrainedModel:
     if config.gradient_checkpointing:
         # Not the reentrant way, which wants an input with a gradient and runs backwards inside a backward.
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        compile_layers(policy)
     log.info("%s: %s", config.base, count_parameters(policy))
     return policy.train()
+
+
+def compile_layers(policy: nn.Module) -> None:
+    """Have each of the policy's layers compiled when it first runs, for rows of any length.
+
+    Raises:
+        UserError: under ZeRO-3, whose hooks gather weights in between; or layers that are not known.
+    """
+    if sharded.active():
+        raise UserError(
+            "policy.compile: does not go with zero3, whose hooks would cut every layer up; set it to false"
+        )
+    layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(
+            f"policy.compile: the layers of {type(policy).__name__} are not known; set it to false"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def load_frozen(config: PolicyConfig) -> PeftModel | PreTrainedModel:

@@ -10,10 +10,16 @@ from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 
+from trainer.data.layout import spread
+from trainer.policy import attention
+from trainer.policy.head import head_logps
 from trainer.schema import PairLogps, PreferenceBatch, Rows
 
 # What some families do to their logits after the head; where a config sets one of these we let the model do it.
 _SCALED_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+MASKED_ROW = 512
+"""Tokens of a row where attention needs masks of whole rows: their cost grows with the square."""
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -24,23 +30,25 @@ def unwrap(model: nn.Module) -> Any:
 def completion_token_logps(model: nn.Module, rows: Rows) -> Float[Tensor, " scored"]:
     """log p(token | what stands before it) in float32 (nats) for each scored token of the rows.
 
-    The body runs over the whole rows; the head, the widest matrix of a small model, over `rows.scored_positions` only.
+    The body runs over the whole rows; the head, the widest matrix of a small model, in chunks and over
+    `rows.scored_positions` only.
     """
     causal_lm = unwrap(model)
+    if rows.segments is not None and causal_lm.config._attn_implementation != attention.NAME:
+        rows = spread(rows, MASKED_ROW)
     inputs = {
         "input_ids": rows.input_ids,
-        "attention_mask": rows.attention_mask,
         "position_ids": rows.position_ids,
         "use_cache": False,
+        **attention.inputs(causal_lm.config, rows),
     }
     if any(getattr(causal_lm.config, name, None) not in (None, 1, 1.0) for name in _SCALED_LOGITS):
         logits = causal_lm(**inputs).logits.flatten(0, 1)[rows.scored_positions]
-    else:
-        hidden = causal_lm.base_model(**inputs).last_hidden_state
-        logits = causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[rows.scored_positions])
-        if cap := getattr(causal_lm.config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits.float(), rows.scored_tokens, reduction="none")
+        return -F.cross_entropy(logits.float(), rows.scored_tokens, reduction="none")
+    hidden = causal_lm.base_model(**inputs).last_hidden_state
+    scored = hidden.flatten(0, 1).index_select(0, rows.scored_positions)
+    cap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    return head_logps(causal_lm.get_output_embeddings(), scored, rows.scored_tokens, cap)
 
 
 def completion_logps(

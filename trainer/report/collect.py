@@ -1,7 +1,9 @@
 """Gathers what a run (or a recipe's folder of runs) left on disk into one JSON-able report.
 
-A run's folder holds any of manifest.json, evaluation.json, samples.jsonl, TensorBoard events and metrics.csv;
-a recipe's folder holds one such folder for each stage. Whatever is missing is left out of the report.
+A run's folder holds any of manifest.json, evaluation.json (letters), reward.json, win_rate.json, samples.jsonl,
+TensorBoard events and metrics.csv; a folder of pairs holds pairs.jsonl and a manifest of kind `pairs`, a model from
+scratch its scratch.json. A recipe's folder holds one such folder for each stage. Whatever is missing is left out of
+the report.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from trainer.provenance import code_version, git_revision, read_json, versions, write_json, write_text
+from trainer.report.pairs import pairs_of_folder
 from trainer.report.render import render_html, render_markdown
 from trainer.schema import UserError
 
@@ -23,7 +27,19 @@ Curves = dict[str, list[list[float]]]
 
 STAGE_ORDER = ("base", "sft", "sft_long", "dpo")
 MAX_POINTS = 1000
-_SIGNS = ("manifest.json", "evaluation.json", "samples.jsonl", "metrics.csv", "events.out.tfevents*")
+_HALVES = re.compile("[\ud800-\udfff]")
+_EVALUATIONS = {"rewards": "reward.json", "win_rates": "win_rate.json"}
+_SCRATCH = "scratch.json"
+_SIGNS = (
+    "manifest.json",
+    "evaluation.json",
+    *_EVALUATIONS.values(),
+    _SCRATCH,
+    "samples.jsonl",
+    "metrics.csv",
+    "events.out.tfevents*",
+)
+_PARTS = ("stages", *_EVALUATIONS, "pairs", "curves", "runs", "made", "samples")
 
 
 def collect(
@@ -36,7 +52,9 @@ def collect(
 
     `published`: scores of the published answers (`trainer.evaluation.letters.published_scores`). `commands`:
     how to repeat it all. Keys: title, recipe, created, report (the code that made this report), commands,
-    published; and by stage's name stages (evaluations), curves, runs (manifests: what trained it), samples.
+    published; and by stage's name stages (evaluations of letters), curves, runs (manifests: what trained it),
+    samples. Where there are any, also rewards and win_rates (evaluations), pairs (what lies in them) and made
+    (manifests of what is neither a run nor pairs, such as models from scratch).
     Raises `UserError` if the folder is missing or holds no run, or a file in it is not valid JSON.
     """
     root = Path(folder)
@@ -52,7 +70,8 @@ def collect(
             f"{root}: holds no run ({', '.join(_SIGNS)}); give a folder that `tandem fit` or `run` wrote"
         )
     name = root.resolve().name
-    return _without_nan(
+    manifests = _read_each(stages, "manifest.json")
+    return _writable(
         {
             "title": title or name,
             "recipe": name,
@@ -62,22 +81,43 @@ def collect(
             "stages": _read_each(stages, "evaluation.json"),
             "published": published or {},
             "curves": {stage: curves for stage, path in stages.items() if (curves := read_curves(path))},
-            "runs": _read_each(stages, "manifest.json"),
+            "runs": {stage: made for stage, made in manifests.items() if _kind(made) == "run"},
             "samples": {stage: samples for stage, path in stages.items() if (samples := _samples(path))},
         }
+        | _beyond_letters(stages, manifests)
     )
 
 
-def overlay(reports: Sequence[Report]) -> Report:
-    """Several reports as one, stages called `recipe/stage`: curves and rates lie over each other."""
+def _beyond_letters(stages: dict[str, Path], manifests: dict[str, Any]) -> Report:
+    """Rewards, win rates, pairs and what else was made: the parts that there are."""
+    found = {part: _read_each(stages, name) for part, name in _EVALUATIONS.items()}
+    pairs = [stage for stage, made in manifests.items() if _kind(made) == "pairs"]
+    found["pairs"] = {stage: pairs_of_folder(stages[stage]) for stage in pairs}
+    others = {stage: made for stage, made in manifests.items() if _kind(made) not in ("run", "pairs")}
+    found["made"] = others | _read_each(stages, _SCRATCH)
+    return {part: each for part, each in found.items() if each}
+
+
+def _kind(manifest: Any) -> str:
+    """What a manifest is of: a run's does not say, since it was there before the others."""
+    return str((manifest or {}).get("kind") or "run")
+
+
+def overlay(reports: Sequence[Report], names: Sequence[str] = ()) -> Report:
+    """Several reports as one, stages called `name/stage`: curves and rates lie over each other.
+
+    `names`: what the reports are called, in their order; by default as their recipes are.
+    """
     if len(reports) == 1:
         return reports[0]
-    names = _distinct([str(report.get("recipe") or report.get("title") or "run") for report in reports])
+    names = _distinct(
+        list(names) or [str(report.get("recipe") or report.get("title") or "run") for report in reports]
+    )
     merged: Report = {"title": " and ".join(names), "recipe": None, "report": _of_this_report()}
     merged["created"] = max(str(report.get("created") or "") for report in reports)
     merged["commands"] = [command for report in reports for command in report.get("commands") or []]
     merged["published"] = next((report["published"] for report in reports if report.get("published")), {})
-    for part in ("stages", "curves", "runs", "samples"):
+    for part in _PARTS:
         merged[part] = {
             name if stage == report.get("recipe") else f"{name}/{stage}": content
             for name, report in zip(names, reports, strict=True)
@@ -141,9 +181,18 @@ def _of_this_report() -> dict[str, Any]:
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "samples.jsonl"
-    if not path.is_file():
-        return []
+    """The lines of samples.jsonl; without it, what reward evaluations sampled while training."""
+    if (folder / "samples.jsonl").is_file():
+        return _json_lines(folder / "samples.jsonl")
+    path = folder / "reward_evaluations.jsonl"
+    return [
+        {"step": row.get("step"), "prompt": example.get("prompt"), "policy": example.get("completion")}
+        for row in (_json_lines(path) if path.is_file() else [])
+        for example in row.get("examples") or []
+    ]
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
     # A line is whole once its line end is written: what follows the last one is of a run that is writing, or
@@ -193,12 +242,14 @@ def _thin(line: list[Any]) -> list[list[Any]]:
     return [list(point) for point in (kept if kept[-1] == line[-1] else [*kept, line[-1]])]
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes None."""
+def _writable(value: Any) -> Any:
+    """JSON has no NaN, and UTF-8 no halves of characters: the former become None, the latter replacement marks."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {_writable(key): _writable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [_writable(item) for item in value]
+    if isinstance(value, str):
+        return _HALVES.sub("\ufffd", value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

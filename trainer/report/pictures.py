@@ -1,24 +1,19 @@
-"""Curves as inline SVG that takes its colours from the page, so that one picture fits light and dark."""
+"""A run's curves as pictures: what training lost, preferred and was rewarded with, step by step."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from trainer.report.svg import INK, SERIES, drawn, style, variable
+from trainer.report.texts import readable
 
 Line = Sequence[Sequence[float | None]]
 Curves = Mapping[str, Mapping[str, Line]]
 
-# Colours that stand for the page's own; after drawing each becomes a CSS variable.
-_INK, _GRID = "#010203", "#040506"
-_SERIES = tuple(f"#0a0b{index:02x}" for index in range(6))
-_VARIABLES = {_INK: "var(--muted)", _GRID: "var(--line)"} | {
-    color: f"var(--series-{index + 1})" for index, color in enumerate(_SERIES)
-}
-SIZE = (4.7, 2.9)
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +28,18 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
+    """`preference`: of runs that train on pairs, or of those that do not; None: whatever the run trains on.
+
+    `splits`: what stands before a tag. `band`: tags of the low and the high end of an interval.
+    """
+
     title: str
     note: str
     tags: tuple[str, ...]
-    preference: bool
+    preference: bool | None
     level: float | None = None
+    splits: tuple[str, ...] = ("train/", "val/")
+    band: tuple[str, str] | None = None
 
 
 _PANELS = (
@@ -62,33 +64,70 @@ _PANELS = (
 )
 
 
-def draw(curves: Curves, labels: Mapping[str, str] | None = None) -> list[Picture]:
-    """The panels that the runs' curves have data for: loss, reward accuracy, margin and log-probs.
+def _sampled(title: str, note: str, *tags: str, band: tuple[str, str] | None = None) -> _Panel:
+    return _Panel(title, note, tags, None, splits=("reward/",), band=band)
 
-    `curves`: stage -> tag (`train/loss`, `val/loss`, ...) -> [[step, value], ...]. Runs of one kind share a
-    panel. `labels`: what the legend calls a stage.
+
+_REWARD_PANELS = (
+    _sampled(
+        "Mean reward",
+        "of sampled continuations of held-out prompts; the band is the 95 % interval",
+        "mean",
+        band=("low", "high"),
+    ),
+    _sampled("Token entropy", "nats for each sampled token; texts grow alike where it falls", "entropy"),
+    _sampled(
+        "KL to the reference", "nats for each text; how far the policy has gone from where it began", "kl"
+    ),
+    _sampled(
+        "Distinct n-grams",
+        "share of n-grams that are different ones: solid single tokens, dashed pairs, dotted triples",
+        "distinct_1",
+        "distinct_2",
+        "distinct_3",
+    ),
+    _sampled(
+        "Self-similarity",
+        "how much of a text stands in the others too; lower is more diverse",
+        "self_similarity",
+    ),
+    _sampled("Length", "tokens of a continuation", "length"),
+)
+
+
+def draw(curves: Curves, labels: Mapping[str, str] | None = None) -> list[Picture]:
+    """The panels that the runs' curves have data for: loss, reward accuracy, margin, log-probs, sampled rewards.
+
+    `curves`: stage -> tag (`train/loss`, `val/loss`, `reward/mean`, ...) -> [[step, value], ...]. Runs of one kind
+    share a panel. `labels`: what the legend calls a stage.
     """
     colors = {
-        stage: index % len(_SERIES) for index, stage in enumerate(stage for stage in curves if curves[stage])
+        stage: SERIES[index % len(SERIES)]
+        for index, stage in enumerate(stage for stage in curves if curves[stage])
     }
     pictures = []
-    for panel in _PANELS:
-        stages = [stage for stage in colors if _is_preference(curves[stage]) == panel.preference]
-        stages = [
-            stage
-            for stage in stages
-            if any(_finite(curves[stage], f"{s}/{t}") for s in _SPLITS for t in panel.tags)
-        ]
+    for place, panel in enumerate((*_PANELS, *_REWARD_PANELS, *_further_rewards(curves))):
+        stages = [stage for stage in colors if _shows(panel, curves[stage])]
         if stages:
-            legend = [
-                ((labels or {}).get(stage, stage), f"var(--series-{colors[stage] + 1})") for stage in stages
-            ]
-            svg = _draw_panel(panel, {stage: (curves[stage], colors[stage]) for stage in stages})
+            legend = [((labels or {}).get(stage, stage), variable(colors[stage])) for stage in stages]
+            key = panel.title if panel in _PANELS else f"panel-{place}"
+            svg = _draw_panel(panel, {stage: (curves[stage], colors[stage]) for stage in stages}, key)
             pictures.append(Picture(panel.title, panel.note, svg, legend))
     return pictures
 
 
-_SPLITS = ("train", "val")
+def _further_rewards(curves: Curves) -> list[_Panel]:
+    """Panels of the rewards beside the first: `reward/NAME`, a mean of the same continuations."""
+    known = {tag for panel in _REWARD_PANELS for tag in (*panel.tags, *(panel.band or ()))}
+    tags = dict.fromkeys(tag for line in curves.values() for tag in line if tag.startswith("reward/"))
+    names = [name for tag in tags if (name := tag.removeprefix("reward/")) not in known]
+    return [_sampled(f"Reward: {readable(name)}", "mean of the same continuations", name) for name in names]
+
+
+def _shows(panel: _Panel, tags: Mapping[str, Line]) -> bool:
+    if panel.preference not in (None, _is_preference(tags)):
+        return False
+    return any(_finite(tags, split + tag) for split in panel.splits for tag in panel.tags)
 
 
 def _is_preference(tags: Mapping[str, Line]) -> bool:
@@ -103,40 +142,30 @@ def _finite(tags: Mapping[str, Line], tag: str) -> list[tuple[float, float]]:
     ]
 
 
-def _draw_panel(panel: _Panel, stages: Mapping[str, tuple[Mapping[str, Line], int]]) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": panel.title,
-        "font.size": 9,
-        "axes.linewidth": 0.8,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        _style(axes, panel)
+def _draw_panel(panel: _Panel, stages: Mapping[str, tuple[Mapping[str, Line], str]], key: str) -> str:
+    def plot(axes: Any) -> None:
+        style(axes, "optimizer step")
+        if panel.level is not None:
+            axes.axhline(panel.level, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.margins(x=0.02)
         for tags, color in stages.values():
-            for place, name in enumerate(panel.tags):
-                dashes = "-" if place == 0 else (0, (4, 1.5))
-                _draw_train(axes, _finite(tags, f"train/{name}"), _SERIES[color], dashes)
-                _draw_validation(axes, _finite(tags, f"val/{name}"), _SERIES[color], dashes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_the_page(buffer.getvalue(), panel)
+            _draw_band(axes, panel, tags, color)
+            for name, dashes in zip(panel.tags, _DASHES, strict=False):
+                for split in panel.splits:
+                    draw_line = _draw_train if split == "train/" else _draw_dots
+                    draw_line(axes, _finite(tags, split + name), color, dashes)
+
+    return drawn(plot, panel.title, panel.note, key)
 
 
-def _style(axes: Any, panel: _Panel) -> None:
-    axes.set_xlabel("optimizer step", color=_INK)
-    axes.tick_params(colors=_INK, length=0)
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    if panel.level is not None:
-        axes.axhline(panel.level, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
-    axes.margins(x=0.02)
+def _draw_band(axes: Any, panel: _Panel, tags: Mapping[str, Line], color: str) -> None:
+    if panel.band is None:
+        return
+    low, high = (dict(_finite(tags, panel.splits[0] + name)) for name in panel.band)
+    steps = sorted(low.keys() & high.keys())
+    if steps:
+        ends = [low[step] for step in steps], [high[step] for step in steps]
+        axes.fill_between(steps, *ends, color=color, alpha=0.15, linewidth=0)
 
 
 def _draw_train(axes: Any, points: list[tuple[float, float]], color: str, dashes: Any) -> None:
@@ -151,24 +180,8 @@ def _draw_train(axes: Any, points: list[tuple[float, float]], color: str, dashes
     axes.plot(steps, means, color=color, linewidth=1.8, linestyle=dashes)
 
 
-def _draw_validation(axes: Any, points: list[tuple[float, float]], color: str, dashes: Any) -> None:
+def _draw_dots(axes: Any, points: list[tuple[float, float]], color: str, dashes: Any) -> None:
+    """What is measured now and then: validation, sampled rewards."""
     if points:
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=color, linewidth=1, linestyle=dashes, marker="o", markersize=4)
-
-
-def _for_the_page(svg: str, panel: _Panel) -> str:
-    """Only the <svg> element: as wide as its place, named for screen readers, in the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{panel.title}: {panel.note}" ', 1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    # Ids are per picture; inline they share one page.
-    prefix = re.sub(r"\W+", "-", panel.title.lower())
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, variable)
-    return svg

@@ -8,12 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.data.homoglyphs import language, marked
+from trainer.report import reward_view, win_rate_view
+from trainer.report.pairs_view import headline as pairs_headline
+from trainer.report.pairs_view import pairs_view
 from trainer.report.runs import describe, machine, provenance
+from trainer.report.texts import facts, kept, readable
 
 Report = Mapping[str, Any]
 
 LABELS = {"base": "Before training", "sft": "SFT", "sft_long": "SFT, same total steps", "dpo": "DPO"}
 EXAMPLES, MORE_EXAMPLES, SAMPLE_STEPS = 3, 20, 6
+_EVALUATED = ("stages", "rewards", "win_rates")
+# What a manifest says that its card does not: it stands below, or is too long.
+_NOT_FACTS = ("kind", "status", "label", "versions", "git", "code", "files", "started", "ended")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +76,9 @@ def percent(value: float | None) -> str:
 
 def label(report: Report, stage: str) -> str:
     """What a stage is called in the tables."""
-    evaluation = (report.get("stages") or {}).get(stage) or {}
+    found = [(report.get(part) or {}).get(stage) or {} for part in _EVALUATED]
     run, slash, name = stage.rpartition("/")
-    given = evaluation.get("label")
+    given = next((readable(each["label"]) for each in found if each.get("label")), None)
     return f"{run}{slash}{given if given and given != name else LABELS.get(name, name)}"
 
 
@@ -80,6 +87,10 @@ def view(report: Report) -> dict[str, Any]:
     stages = {name: stage for name, stage in (report.get("stages") or {}).items() if stage}
     runs = {name: run for name, run in (report.get("runs") or {}).items() if run}
     pieces = _sentences(report, stages)
+
+    def called(stage: str) -> str:
+        return label(report, stage)
+
     return {
         "title": report.get("title") or "tandem",
         "created": str(report.get("created") or "").replace("T", " ").replace("+00:00", " UTC"),
@@ -89,6 +100,10 @@ def view(report: Report) -> dict[str, Any]:
         "rates": [_row(label(report, name), stage) for name, stage in stages.items()],
         "closer": _closer(report, stages),
         "published": _published_rates(report, stages),
+        "rewards": reward_view.reward_view(report.get("rewards") or {}, called),
+        "win_rates": win_rate_view.win_rate_view(report.get("win_rates") or {}, called),
+        "pairs": [pairs_view(each, name) for name, each in _pairs(report).items()],
+        "made": [_made(report, name, made) for name, made in (report.get("made") or {}).items() if made],
         "examples": pieces[: 2 * EXAMPLES],
         "more_examples": pieces[2 * EXAMPLES :],
         "published_sentences": _published_sentences(report, stages),
@@ -97,18 +112,60 @@ def view(report: Report) -> dict[str, Any]:
         "commands": list(report.get("commands") or []),
         "provenance": provenance(
             {label(report, name): run for name, run in runs.items()},
-            {label(report, name): stage for name, stage in stages.items()},
+            {
+                label(report, name): each
+                for part in _EVALUATED
+                for name, each in (report.get(part) or {}).items()
+                if each
+            },
             report.get("report") or {},
         ),
     }
 
 
+def _pairs(report: Report) -> dict[str, Any]:
+    """The pairs' summaries by what they are called: `Pairs, without prompts` in pairs_without_prompts/."""
+    return {_pairs_title(name): each for name, each in (report.get("pairs") or {}).items()}
+
+
+def _pairs_title(stage: str) -> str:
+    run, slash, name = stage.rpartition("/")
+    first, _, rest = name.partition("_")
+    told = f"Pairs{', ' * bool(rest)}{rest.replace('_', ' ')}" if first == "pairs" else f"Pairs: {name}"
+    return f"{run}{slash}{told}"
+
+
+def _made(report: Report, name: str, made: Mapping[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in made.items() if key not in _NOT_FACTS}
+    return {"label": label(report, name), "kind": readable(made.get("kind") or ""), "facts": facts(told)[:24]}
+
+
 def headline(report: Report) -> str:
-    """One sentence with the last stage's figures beside those from before training."""
+    """A line for each kind of evaluation, with the last stage's figures beside those from before training."""
+
+    def called(stage: str) -> str:
+        return label(report, stage)
+
+    told = [
+        _letters_headline(report),
+        reward_view.headline(report.get("rewards") or {}, called),
+        win_rate_view.headline(report.get("win_rates") or {}, called),
+    ]
+    if any(told):
+        return "\n".join(filter(None, told))
+    if pairs := _pairs(report):
+        return "\n".join(
+            f"{name}: {pairs_headline(each)}" if len(pairs) > 1 else pairs_headline(each)
+            for name, each in pairs.items()
+        )
+    count = len(report.get("runs") or {})
+    return f"{count} run{'s' * (count != 1)}, none of them evaluated yet."
+
+
+def _letters_headline(report: Report) -> str:
     stages = {name: stage for name, stage in (report.get("stages") or {}).items() if stage}
     if not stages:
-        count = len(report.get("runs") or {})
-        return f"{count} run{'s' * (count != 1)}, none of them evaluated yet."
+        return ""
     finals = [name for name in stages if name.split("/")[-1] == "dpo"] or [list(stages)[-1]]
     if len(finals) > 1:
         rows = [_row(label(report, name), stages[name]) for name in finals]
@@ -282,15 +339,28 @@ def _theirs(stage: str) -> str:
 
 
 def _samples(report: Report) -> list[dict[str, Any]]:
-    """For each run its first two prompts, answered at a few steps from the first to the last."""
+    """For each run its first two prompts, answered at a few steps from the first to the last.
+
+    Only where letters were swapped does an answer repeat its prompt, and its letters are marked.
+    """
+    repeats = not any(report.get(part) for part in ("rewards", "win_rates", "pairs"))
     shown = []
     for name, rows in (report.get("samples") or {}).items():
         prompts = list(dict.fromkeys(row.get("prompt") for row in rows if row.get("prompt")))[:2]
         for prompt in prompts:
             answers = [row for row in rows if row.get("prompt") == prompt and row.get("policy") is not None]
             picked = _spread(answers, SAMPLE_STEPS)
-            steps = [(row.get("step"), marked(prompt, row["policy"])) for row in picked]
-            shown.append({"label": label(report, name), "prompt": prompt, "steps": steps})
+            steps = [
+                (row.get("step"), marked(prompt, row["policy"]) if repeats else [(kept(row["policy"]), "")])
+                for row in picked
+            ]
+            shown.append(
+                {
+                    "label": label(report, name),
+                    "prompt": prompt if repeats else readable(prompt),
+                    "steps": steps,
+                }
+            )
     return shown
 
 

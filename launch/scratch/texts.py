@@ -1,0 +1,162 @@
+"""The texts that a small model learns from: files in parts that share no text, and windows of their tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.files import read_rows
+from trainer.data.sources import content_key, split_share
+from trainer.provenance import sha256_file, write_json, write_text
+from trainer.schema import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Rows of a file (or hub dataset) with a column of texts.
+
+    Args:
+        path: .jsonl, .json, .csv, .txt (also as .gz) or .parquet file, or `owner/name` of a hub dataset.
+        column: the texts.
+        label: what a classifier learns of each text, a number or a word; a generator leaves it alone.
+        split: of the hub dataset (default `train`).
+        limit: the first so many rows.
+        validation_fraction: share of the texts that the model is measured on and does not learn from.
+        offline: refuse the network.
+    """
+
+    path: str
+    column: str = "text"
+    label: str = "label"
+    split: str | None = None
+    limit: int | None = None
+    validation_fraction: float = 0.1
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(
+                f"texts.validation_fraction: {self.validation_fraction}; it should be above 0 and below 1"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"texts.limit: {self.limit}; it should be 1 or more")
+
+
+class Read(list[tuple[str, Any]]):
+    """(text, label) as they stood in the file, each text once; `hashes` says which file it was."""
+
+    hashes: dict[str, str]
+
+
+def read(texts: Texts, labelled: bool) -> Read:
+    """The texts, without blank and repeated ones. Raises `UserError`: no such file or column, or no text in it."""
+    columns = [texts.column, texts.label] if labelled else [texts.column]
+    table = read_rows(texts.path, columns=columns, split=texts.split, offline=texts.offline)
+    found, seen = Read(), set()
+    for origin, row in itertools.islice(table, texts.limit):
+        text = row[texts.column]
+        if not isinstance(text, str):
+            raise UserError(f"{origin}: column {texts.column!r} is {text!r}; it should be text")
+        if text.strip() and (key := content_key(text)) not in seen:
+            seen.add(key)
+            found.append((text, row[texts.label] if labelled else None))
+    if not found:
+        raise UserError(f"{texts.path}: no text in column {texts.column!r}")
+    found.hashes = table.hashes
+    return found
+
+
+def validates(text: str, fraction: float) -> bool:
+    """Whether a text is one of those to measure on: by its content alone."""
+    return split_share(content_key(text), "scratch/validation") < fraction
+
+
+def write_parts(
+    texts: Texts,
+    shares: Mapping[str, float],
+    folder: Path,
+    labelled: bool = True,
+    joined: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, int]:
+    """Deal the texts to files `NAME.jsonl`, one for each share, by their content alone; returns how many each has.
+
+    The same text is always in the same part, whatever else the file holds. `joined` names further files, each with the
+    parts that it holds together. Raises `UserError`: shares that do not sum to 1, a part that would be empty.
+    """
+    if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(f"--shares {json.dumps(dict(shares))}: should be numbers above 0 that sum to 1")
+    joined = joined or {}
+    for name, members in joined.items():
+        if name in shares or not members or not set(members) <= set(shares):
+            raise UserError(f"--join {name}: should have a new name, and parts out of {', '.join(shares)}")
+    parts: dict[str, list[str]] = {name: [] for name in shares}
+    rows = read(texts, labelled)
+    for text, label in rows:
+        row = {texts.column: text} | ({texts.label: label} if labelled else {})
+        parts[_part_of(content_key(text), shares)].append(json.dumps(row, ensure_ascii=False) + "\n")
+    if empty := [name for name, lines in parts.items() if not lines]:
+        raise UserError(
+            f"{texts.path}: {len(rows)} texts leave part {empty[0]!r} empty; give more texts or share"
+        )
+    files = parts | {
+        name: [line for part in members for line in parts[part]] for name, members in joined.items()
+    }
+    for name, lines in files.items():
+        write_text(folder / f"{name}.jsonl", "".join(lines))
+    counts = {name: len(lines) for name, lines in files.items()}
+    hashes = {f"{name}.jsonl": sha256_file(folder / f"{name}.jsonl") for name in files}
+    write_json(
+        folder / "parts.json",
+        {"texts": rows.hashes, "shares": dict(shares), "counts": counts, "files": hashes},
+    )
+    return counts
+
+
+def _part_of(key: str, shares: Mapping[str, float]) -> str:
+    point, edge = split_share(key, "scratch/part"), 0.0
+    for name, share in shares.items():
+        edge += share
+        if point < edge:
+            return name
+    return name
+
+
+class Windows:
+    """Windows of token rows, `count` of them, each drawn anew: a dataset for transformers' Trainer.
+
+    Item i follows from (seed, i) alone; in every len(rows) items each row comes once. A window begins at its row's
+    start as often as elsewhere in it, and BOS stands before either.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[int]],
+        labels: Sequence[int] | None,
+        lengths: tuple[int, int],
+        bos: int,
+        count: int,
+        seed: int,
+    ) -> None:
+        self.rows, self.labels, self.lengths = rows, labels, lengths
+        self.bos, self.count, self.seed = bos, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turn, place = divmod(index, len(self.rows))
+        chosen = int(np.random.default_rng([self.seed, 0, turn]).permutation(len(self.rows))[place])
+        row, rng = self.rows[chosen], np.random.default_rng([self.seed, 1, index])
+        length = int(rng.integers(self.lengths[0], self.lengths[1] + 1)) - 1
+        start = 0 if rng.random() < 0.5 else int(rng.integers(0, max(1, len(row) - length + 1)))
+        ids = [self.bos, *row[start : start + length]]
+        return {"input_ids": ids, "labels": ids if self.labels is None else self.labels[chosen]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(self.count))

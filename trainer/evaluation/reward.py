@@ -1,0 +1,197 @@
+"""What a policy's texts are worth and how varied they are: rewards, entropy, KL, distinct n-grams, likeness, length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from peft import PeftModel
+from scipy import stats
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.data.tokenize import tokenize_prompt
+from trainer.evaluation.divergence import Applied, Drawn, by_ranks, measure
+from trainer.evaluation.diversity import distinct, self_similarity
+from trainer.generation import Generation, Sampling, generate
+from trainer.rewards import Reward, described
+from trainer.schema import UserError
+
+_RESAMPLES = 2000
+_CHUNK = 256
+"""Texts that a reward is asked for at once."""
+
+
+class Keyed(Protocol):
+    """A prompt; its key decides its noise."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """`samples` continuations of each prompt: sample j of prompt i is number i * samples + j."""
+
+    prompts: list[str]
+    ids: list[list[int]]
+    answers: list[Generation]
+    samples: int
+
+    @property
+    def beginnings(self) -> list[str]:
+        """The prompt of each answer."""
+        return [prompt for prompt in self.prompts for _ in range(self.samples)]
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers, without a last character that a cut went through."""
+        return [each.text if each.finished else each.text.rstrip("\ufffd") for each in self.answers]
+
+    @property
+    def drawn(self) -> list[Drawn]:
+        """The answers as token ids behind their prompts'."""
+        ids = [row for row in self.ids for _ in range(self.samples)]
+        return [Drawn(row, each.ids, each.finished) for row, each in zip(ids, self.answers, strict=True)]
+
+
+def sample(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Keyed],
+    sampling: Sampling,
+    samples: int = 1,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Sampled:
+    """Continue each prompt `samples` times. Every rank of a process group must call this with the same prompts.
+
+    The same prompts get the same noise from every model, so that two models are compared on the same draws. Raises
+    `UserError`: fewer than two prompts (there is no interval), greedy sampling asked for several times.
+    """
+    if len(prompts) < 2:
+        raise UserError(f"prompts: {len(prompts)} are too few for an interval; give 2 or more")
+    if samples < 1 or (samples > 1 and not sampling.do_sample):
+        raise UserError(
+            f"samples: {samples} of each prompt; give 1 or more, and more than 1 with sampling.do_sample only"
+        )
+    ids = [tokenize_prompt(prompt.text, tokenizer, f"prompt {prompt.text[:40]!r}") for prompt in prompts]
+    rows = [row for row in ids for _ in range(samples)]
+    keys = [prompt.key for prompt in prompts for _ in range(samples)]
+    answers = generate(model, tokenizer, rows, sampling, keys, batch_size, progress, continuing=True)
+    return Sampled([prompt.text for prompt in prompts], ids, answers, samples)
+
+
+def evaluate_reward(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Keyed],
+    rewards: Mapping[str, Reward],
+    *,
+    sampling: Sampling,
+    samples: int = 1,
+    reference: Applied | None = None,
+    batch_size: int = 32,
+    examples: int = 20,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Sample, score and measure; plain JSON with means and 95 % intervals (bootstrap over prompts).
+
+    Every rank of a process group must call this with the same prompts, and has the same numbers.
+
+    Args:
+        rewards: by the names that they have in the result. Each scores every text.
+        reference: what the KL divergence is from; without it `kl` is None.
+        examples: how many prompts' first answers the result holds.
+
+    Returns:
+        `rewards` (mean, interval, sd and n of texts), `entropy` (nats a token), `kl` (nats a text), `distinct_1` to
+        `distinct_3` (by tokens), `self_similarity`, `length` (tokens), `finished` (share that came to an end),
+        `examples`, `prompts`, `samples_per_prompt`, `sampling`, `reward_models`.
+    """
+    if not rewards:
+        raise UserError("rewards: none is given; name one or more")
+    sampled = sample(model, tokenizer, prompts, sampling, samples, batch_size, progress)
+    measured = measure(model, sampled.drawn, reference)
+    scores = {name: score(reward, sampled) for name, reward in rewards.items()}
+    tokens = [each.tokens for each in measured]
+    divergences = [each.kl for each in measured if each.kl is not None]
+    texts = sampled.texts
+    ids = [answer.ids for answer in sampled.answers]
+    return {
+        "prompts": len(prompts),
+        "samples_per_prompt": samples,
+        "sampling": dataclasses.asdict(sampling),
+        "reward_models": {name: described(reward) for name, reward in rewards.items()},
+        "rewards": {
+            name: _mean(each, samples) | {"sd": _sd(each), "n": len(each)} for name, each in scores.items()
+        },
+        "entropy": _mean([each.entropy for each in measured], samples, over=tokens),
+        "kl": _mean(divergences, samples) if divergences else None,
+        **{f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)},
+        "self_similarity": self_similarity(texts),
+        "length": _mean([len(each) for each in ids], samples),
+        "finished": sum(answer.finished for answer in sampled.answers) / len(texts),
+        "examples": _examples(sampled, scores, examples),
+    }
+
+
+def score(reward: Reward, sampled: Sampled) -> list[float]:
+    """The reward of each answer; ranks share the work."""
+    prompts, texts = sampled.beginnings, sampled.texts
+    parts = [slice(start, start + _CHUNK) for start in range(0, len(texts), _CHUNK)]
+    found = by_ranks(parts, lambda part: reward(prompts[part], texts[part]))
+    scores = [float(each) for part in found for each in part]
+    if len(scores) != len(texts) or not np.isfinite(scores).all():
+        raise UserError(
+            f"{type(reward).__qualname__}: gave {len(scores)} scores for {len(texts)} texts, or some that are not"
+            " finite; it should give one finite number for each"
+        )
+    return scores
+
+
+def _mean(values: Sequence[float], samples: int, over: Sequence[int] | None = None) -> dict[str, Any]:
+    """Mean of the values (or sum of them over the sum of `over`), and its interval over prompts."""
+    totals = np.asarray(values, float).reshape(-1, samples).sum(1)
+    counts = np.asarray([1] * len(values) if over is None else over, float).reshape(-1, samples).sum(1)
+    return {"mean": float(totals.sum() / counts.sum()), "interval": ratio_interval(totals, counts)}
+
+
+def ratio_interval(totals: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> list[float]:
+    """95 % interval of sum(totals) / sum(counts): percentile bootstrap over prompts, the same at each call."""
+    each = totals / counts
+    if np.ptp(each) == 0:
+        return [float(each[0]), float(each[0])]
+    ratio: Callable[..., Any] = lambda total, count, axis: total.sum(axis) / count.sum(axis)  # noqa: E731
+    spread = stats.bootstrap(
+        (totals, counts),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=200,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return [float(spread.low), float(spread.high)]
+
+
+def _sd(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1))
+
+
+def _examples(sampled: Sampled, scores: Mapping[str, list[float]], count: int) -> list[dict[str, Any]]:
+    texts = sampled.texts
+    firsts = range(0, len(sampled.answers), sampled.samples)[:count]
+    return [
+        {
+            "prompt": sampled.prompts[first // sampled.samples],
+            "completion": texts[first],
+            "rewards": {name: each[first] for name, each in scores.items()},
+        }
+        for first in firsts
+    ]

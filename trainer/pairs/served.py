@@ -1,0 +1,145 @@
+"""Continuations from an OpenAI-compatible server (vLLM's, llama.cpp's, any), where people outgrow one machine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from trainer.generation import Sampling, of_this_rank
+from trainer.pairs.continuations import Continuation, Continued, Generator
+from trainer.pairs.prompts import Prompt
+from trainer.policy.load import load_tokenizer
+from trainer.provenance import sha256_text
+from trainer.schema import UserError
+from trainer.server import Answer, Refused, Server, ServerNonsense
+
+
+class ServerGenerator(Generator):
+    """Asks a server for each continuation by itself, many at once, with a seed of its own.
+
+    A server that is down ends the work, with what came before kept. A request that it refuses, or answers with nonsense
+    to the last attempt, is an invalid continuation: counted, never in a pair. Where the first prompts, two or more, get
+    nothing else, the work ends, too.
+
+    Args:
+        url: where the API begins, such as http://localhost:8000/v1.
+        model: the model's name there.
+        tokenizer: folder or hub id of the model's tokenizer: cuts prompts to tokens and counts those of texts. Without
+            it lengths are in words.
+        bos: what is sent where a prompt is empty, such as <|endoftext|>: most servers refuse nothing at all.
+        parallel: requests under way at once.
+        batch_size: texts between two writes.
+        key_variable: environment variable that holds the API key.
+        timeout: seconds from a request to the end of its answer.
+        attempts: how often a request is sent where the server is down, busy, slow or answers nonsense.
+        wait: seconds before the second attempt; doubled for each further one.
+        offline: refuse the network for the tokenizer.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        tokenizer: str | None = None,
+        bos: str = "",
+        parallel: int = 16,
+        batch_size: int = 64,
+        key_variable: str | None = None,
+        timeout: float = 60.0,
+        attempts: int = 4,
+        wait: float = 1.0,
+        offline: bool = False,
+    ) -> None:
+        for name, value in (("parallel", parallel), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"ServerGenerator.{name}: {value} is not possible; give 1 or more")
+        self.url, self.model, self.tokenizer, self.bos = url, model, tokenizer, bos
+        self.parallel, self.batch_size, self.offline = parallel, batch_size, offline
+        self.key_variable, self.timeout, self.attempts, self.wait = key_variable, timeout, attempts, wait
+
+    @override
+    def continued(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[Continued]:
+        own = of_this_rank(list(prompts))
+        server = Server(self.url, self.model, self.key_variable, self.timeout, self.attempts, self.wait)
+        together = max(self.batch_size // n, 1)
+        pool = ThreadPoolExecutor(self.parallel)
+        usable = False
+        held: Continued = []
+        try:
+            for start in range(0, len(own), together):
+                batch = own[start : start + together]
+                asked = [(prompt, number) for prompt in batch for number in range(n)]
+                answers = list(pool.map(lambda each: self._ask(server, sampling, *each), asked))
+                # Tokens are counted here: a tokenizer is for one thread.
+                texts = [self._continuation(answer) for answer in answers]
+                usable = usable or not all(text.invalid for text in texts)
+                held += [(prompt, texts[i * n : (i + 1) * n]) for i, prompt in enumerate(batch)]
+                if not usable and len(held) > 1:
+                    raise UserError(f"not one of {len(held) * n} answers is usable: {texts[0].invalid}")
+                # One prompt may be at fault by itself; what comes next says whether the server is.
+                if usable:
+                    yield held
+                    held = []
+            if held:
+                yield held
+        finally:
+            # Those under way are waited for, but ask no second time.
+            server.interrupted.set()
+            pool.shutdown(cancel_futures=True)
+            server.close()
+
+    @override
+    def tokenizer_of(self) -> PreTrainedTokenizerBase | None:
+        return self._tokenizer
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        """The model's name and the tokenizer's; where the server stands makes no other texts."""
+        return {
+            "class": type(self).__qualname__,
+            "model": self.model,
+            "tokenizer": self.tokenizer,
+            "bos": self.bos,
+        }
+
+    def _ask(self, server: Server, sampling: Sampling, prompt: Prompt, number: int) -> Answer | str:
+        """The server's answer, or why there is none."""
+        more: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k is not None else {}
+        try:
+            (answer,) = server.complete(
+                prompt.text or self.bos,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=_seed(sampling.seed, prompt.key, number),
+                **more,
+            )
+        except (Refused, ServerNonsense) as error:
+            return str(error)
+        return answer
+
+    def _continuation(self, answer: Answer | str) -> Continuation:
+        if isinstance(answer, str):
+            return Continuation("", 0, False, invalid=answer)
+        # JSON can hold half a character (a lone surrogate), a file of UTF-8 cannot.
+        text, finished = answer["text"].encode("utf-8", "replace").decode(), answer["finish_reason"] == "stop"
+        return Continuation(text if finished else text.rstrip("\ufffd"), self._count(text), finished)
+
+    def _count(self, text: str) -> int:
+        if self._tokenizer is None:
+            return len(text.split())
+        return len(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return None if self.tokenizer is None else load_tokenizer(self.tokenizer, offline=self.offline)
+
+
+def _seed(seed: int, key: str, number: int) -> int:
+    """A seed of 31 bits for one text: some servers take no more."""
+    return int(sha256_text(str(seed), key, str(number))[:15], 16) % 2**31
