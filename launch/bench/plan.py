@@ -243,8 +243,11 @@ def choose(swept: Sequence[dict[str, Any]], epochs: int) -> dict[str, Any]:
     peaks = {name: max(each["result"]["peak_memory_bytes"] for each in some) for name, some in tried.items()}
     # Within two percent it is chance, and the faster one serves its user better.
     lean = [name for name, peak in peaks.items() if peak <= 1.02 * min(peaks.values())]
-    # Ranked by the first trials alone, so that a resumed run tries the same ones again.
-    first = {name: seconds(some[0]["result"], epochs) for name, some in tried.items()}
+    # Ranked by the candidates' first trials alone (not by second ones, nor by the live reference that was tried after
+    # them), so that a resumed run tries the same ones again.
+    first = {
+        name: seconds(some[0]["result"], epochs) for name, some in tried.items() if some[0]["arm"] == "trl"
+    }
     return {
         "trl_fastest": json.loads(min(times, key=times.__getitem__)),
         "trl_leanest": json.loads(min(lean, key=times.__getitem__)),

@@ -70,8 +70,7 @@ def test_what_is_there_is_not_measured_again(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     again = json.loads(out.read_text())
     assert [each["result"] for each in again["measurements"][: len(kept)]] == kept
-    # Its time may be another one on a busy machine, and so what the sweep finds fastest, which is then measured.
-    assert again["measurements"][len(kept)]["key"] == lost["key"]
+    assert [each["key"] for each in again["measurements"][len(kept) :]] == [lost["key"]]
     assert time.monotonic() - start < 120
     assert bench(*words).returncode == 2
     done = bench(*words, "--resume", "--seed", "1")

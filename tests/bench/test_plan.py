@@ -15,8 +15,8 @@ def result(ends: list[float], memory: int = 0, setup: float = 1.0, reference: fl
     }  # fmt: skip
 
 
-def swept(settings: dict, ends: list[float], memory: int) -> dict:
-    return {"job": {"settings": settings}, "result": result(ends, memory)}
+def swept(settings: dict, ends: list[float], memory: int, arm: str = "trl") -> dict:
+    return {"arm": arm, "job": {"settings": settings}, "result": result(ends, memory)}
 
 
 def test_epochs_that_were_not_run_take_as_long_as_the_last():
@@ -45,7 +45,7 @@ def test_the_fastest_and_the_leanest_are_chosen():
         swept({"b": 1}, [6.0], 3000),
         # As lean as the leanest but for chance, and faster.
         swept({"c": 1}, [9.0], 1010),
-        {"job": {"settings": {"d": 1}}, "error": "ended by signal 9"},
+        {"arm": "trl", "job": {"settings": {"d": 1}}, "error": "ended by signal 9"},
     ]
     assert choose(found, 3) == {
         "trl_fastest": {"b": 1}, "trl_leanest": {"c": 1}, "ranked": [{"b": 1}, {"c": 1}, {"a": 1}]
@@ -60,9 +60,16 @@ def test_what_was_disturbed_once_is_still_found():
     assert choose(found, 1)["ranked"] == [{"b": 1}, {"a": 1}]
 
 
+def test_what_is_tried_after_the_candidates_does_not_change_which_are_tried_again():
+    found = [swept({"a": 1}, [9.0], 1000), swept({"b": 1}, [6.0], 1000)]
+    found += [swept({"a": 1}, [1.0], 1000, "trl_again"), swept({"live": 1}, [0.5], 1000, "trl_live")]
+    assert choose(found, 1)["trl_fastest"] == {"live": 1}
+    assert choose(found, 1)["ranked"] == choose(found[:2], 1)["ranked"] == [{"b": 1}, {"a": 1}]
+
+
 def test_a_precomputed_reference_pays_when_epochs_follow():
-    live = {"job": {"settings": {"live": 1}}, "result": result([10.0], reference=None)}
-    precomputed = {"job": {"settings": {"precomputed": 1}}, "result": result([10.5], reference=4.0)}
+    live = {**swept({"live": 1}, [], 0), "result": result([10.0], reference=None)}
+    precomputed = {**swept({"precomputed": 1}, [], 0), "result": result([10.5], reference=4.0)}
     assert choose([live, precomputed], 1)["trl_fastest"] == {"live": 1}
     assert choose([live, precomputed], 3)["trl_fastest"] == {"precomputed": 1}
 
