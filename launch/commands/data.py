@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.schema import UserError
 
 if TYPE_CHECKING:
     from trainer.data.sources import Loaded
+    from trainer.schema import Split
 
+_LEFT_OUT = 20
 _HELP = """\
 usage: tandem data show --texts FILE [FILE ...]
        tandem data show --config FILE [--config FILE ...] [settings of fit]
 
-Shows what there is to learn from: counts (kept, dropped and why), lengths, languages, splits, and examples.
+Shows what there is to learn from: counts (kept, dropped and why), lengths, languages, splits, examples, and the first
+rows that are left out, with the reason.
 
   --texts FILE    texts: .txt (one a line), .jsonl, .csv, .parquet, or the .yaml of a text source or a config
   --column NAME   column of the texts, in files that have columns (default text)
@@ -51,13 +54,13 @@ def _of_texts(arguments: Sequence[str]) -> str:
 
 
 def _look(name: str, column: str, limit: int | None) -> str:
-    from trainer.data.show import render_summary, summarize, summarize_records
+    from trainer.data.show import render_summary, summarize_records, summarize_source
 
     if Path(name).suffix in (".yaml", ".yml"):
         from launch.sources import letters_of
 
         source = letters_of(name, "preference", "dpo", limit=limit)
-        return render_summary(summarize(source, splits=("train", "validation", "test")))
+        return render_summary(summarize_source(source, splits=("train", "validation", "test")))
     from trainer.data.homoglyphs import INSTRUCTION
 
     part = summarize_records(_pairs(name, column, limit))
@@ -89,7 +92,29 @@ def _of_config(arguments: Sequence[str]) -> str:
         raise UserError("data show: give --texts FILE or --config FILE")
     from launch.fit import TandemCLI
     from launch.quiet import quiet
-    from trainer.data.show import render_summary, summarize
+    from trainer.data.show import render_summary, summarize_source
 
     quiet()
-    return render_summary(summarize(TandemCLI(arguments, "inspect").data_only().source))
+    source = TandemCLI(arguments, "inspect").data_only().source
+    splits: tuple[Split, ...] = ("train", "validation")
+    if getattr(source, "test_fraction", None):
+        splits += ("test",)
+    return "\n".join([render_summary(summarize_source(source, splits=splits)), *_left_out(source)])
+
+
+def _left_out(source: Any) -> list[str]:
+    """The first rows that no split has, and why, where the source can tell; those beyond a limit are no news."""
+    if not hasattr(source, "left_out"):
+        return []
+    first, more = [], 0
+    for origin, why in source.left_out("train"):
+        if why == "over limit":
+            continue
+        if len(first) == _LEFT_OUT:
+            more += 1
+        else:
+            # Most reasons name file and row themselves.
+            named = why.startswith(origin.rpartition(", ")[0] or origin)
+            first.append(f"  {why}" if named else f"  {origin}: {why}")
+    told = [*first, f"  and {more:,} more"] if more else first
+    return ["", "left out", *told] if told else []

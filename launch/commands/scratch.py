@@ -8,28 +8,24 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from launch.commands.parsing import command_parser
+from launch.commands.parsing import Kind, command_parser, dispatch, instantiated, parsed
 from trainer.schema import UserError
 
 KINDS = {
-    "parts": "deal texts to files that share none, by their content",
-    "generator": "train a language model (GPT-2's architecture) and its tokenizer",
-    "classifier": "train a classifier (DistilBERT's architecture) and its tokenizer",
+    "parts": Kind("launch.commands.scratch:parts", "deal texts to files that share none, by their content"),
+    "generator": Kind(
+        "launch.commands.scratch:generator", "train a language model (GPT-2's architecture) and its tokenizer"
+    ),
+    "classifier": Kind(
+        "launch.commands.scratch:classifier",
+        "train a classifier (DistilBERT's architecture) and its tokenizer",
+    ),
 }
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `tandem scratch KIND`; returns the exit status."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, KINDS))
-        print("usage: tandem scratch KIND [...]\n\nkinds:")
-        print("\n".join(f"  {name:<{width}}  {told}" for name, told in KINDS.items()))
-        print("\n`tandem scratch KIND --help` shows its settings.")
-        return 0 if arguments else 2
-    kind, *rest = arguments
-    if kind not in KINDS:
-        raise UserError(f"scratch {kind}: no such kind; there is {', '.join(KINDS)}")
-    return _parts(rest) if kind == "parts" else _model(kind, rest)
+    return dispatch("scratch", KINDS, arguments)
 
 
 def parts_parser() -> ArgumentParser:
@@ -59,8 +55,9 @@ def parts_parser() -> ArgumentParser:
     return made
 
 
-def _parts(arguments: Sequence[str]) -> int:
-    given = parts_parser().parse_args(list(arguments))
+def parts(arguments: Sequence[str]) -> int:
+    """Run `tandem scratch parts`; returns the exit status."""
+    given = parsed(parts_parser(), arguments)
     from launch.scratch.texts import Texts, write_parts
 
     texts = Texts(given.path, given.column, given.label or "", limit=given.limit, offline=given.offline)
@@ -74,7 +71,8 @@ def model_parser(kind: str) -> ArgumentParser:
     """The arguments of `tandem scratch generator` and `tandem scratch classifier`."""
     from launch.scratch.training import Settings
 
-    made = command_parser(f"scratch {kind}", f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}, from scratch.")
+    told = KINDS[kind].told
+    made = command_parser(f"scratch {kind}", f"{told[0].upper()}{told[1:]}, from scratch.")
     made.add_argument("--config", action="config", help="YAML file with the settings below.")
     made.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the model.")
     made.add_argument("--offline", action="store_true", help="Never ask the network.")
@@ -82,22 +80,24 @@ def model_parser(kind: str) -> ArgumentParser:
     return made
 
 
+def generator(arguments: Sequence[str]) -> int:
+    """Run `tandem scratch generator`; returns the exit status."""
+    return _model("generator", arguments)
+
+
+def classifier(arguments: Sequence[str]) -> int:
+    """Run `tandem scratch classifier`; returns the exit status."""
+    return _model("classifier", arguments)
+
+
 def _model(kind: str, arguments: Sequence[str]) -> int:
-    from launch.errors import check_yaml, config_files, describe, user_error_in
     from launch.quiet import quiet
 
-    for file in config_files(arguments):
-        check_yaml(file)
     quiet()
-    from jsonargparse import ArgumentError
-
     from launch.scratch.training import Settings, make_classifier, make_generator
 
     parser = model_parser(kind)
-    try:
-        given = parser.instantiate(parser.parse_args(list(arguments)))
-    except ArgumentError as error:
-        raise user_error_in(error) or UserError(describe(error, config_files(arguments))) from error
+    given = instantiated(parser, parsed(parser, arguments))
     settings = Settings(
         **{name: getattr(given, name) for name in ("texts", "shape", "learning", "seed", "threads")}
     )

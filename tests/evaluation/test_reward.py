@@ -272,4 +272,10 @@ def test_refusals(two_models) -> None:  # type: ignore[no-untyped-def]
     refused("1 are too few", prompts=PROMPTS[:1])
     refused("samples: 2", samples=2, sampling=Sampling(max_new_tokens=2))
     refused("gave 1 scores for 6 texts", rewards={"short": lambda prompts, completions: [1.0]})
-    refused("not finite", rewards={"nan": lambda prompts, completions: [math.nan] * len(prompts)})
+    refused(
+        "is nan; a finite number", rewards={"nan": lambda prompts, completions: [math.nan] * len(prompts)}
+    )
+    refused(
+        "fails at 'The film', the first of 6 prompts .ZeroDivisionError: ",
+        rewards={"zero": lambda prompts, completions: [1 / 0]},
+    )

@@ -247,3 +247,24 @@ def test_reports_of_one_run_and_of_several(trained, tmp_path, capsys):
     capsys.readouterr()
     assert main(["report", str(run), str(run)]) == 2
     assert "--output DIR" in capsys.readouterr().err
+
+
+def test_a_look_at_data_tells_the_rows_that_are_left_out(config: Path, tmp_path: Path, capsys) -> None:
+    good = [json.dumps({"prompt": f"p{n}", "chosen": "c", "rejected": "r"}) for n in range(30)]
+    lines = [good[0], *good, '{"prompt": "p", "chosen": null, "rejected": "r"}', "no JSON"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = {
+        "class_path": "trainer.data.preferences.PreferenceFile",
+        "init_args": {"path": str(tmp_path / "rows.jsonl"), "broken": "drop", "test_fraction": 0.2},
+    }
+    words = ["data", "show", "--config", str(config), "--data.source", json.dumps(source)]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "\ntest\n" in told
+    listed = told.partition("\nleft out\n")[2].splitlines()
+    assert listed[0] == f"  {tmp_path / 'rows.jsonl'}, row 2: duplicate"
+    assert listed[1].startswith(f"  {tmp_path / 'rows.jsonl'}, row 32: column 'chosen' is missing")
+    assert listed[2].startswith(f"  {tmp_path / 'rows.jsonl'}:33: not valid JSON")
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, *["no JSON"] * 30]))
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith("\n  and 13 more\n")

@@ -236,6 +236,37 @@ def test_mistakes_are_one_line(reviews: Path, tmp_path: Path, change: list[str],
     assert not (tmp_path / "made").exists()
 
 
+def test_kinds_are_told_and_misspelt_ones_guessed(capsys) -> None:  # type: ignore[no-untyped-def]
+    assert main(["scratch", "--help"]) == 0
+    assert "classifier  train a classifier" in capsys.readouterr().out
+    assert main(["scratch", "genrator"]) == 2
+    assert "scratch genrator: no such kind; did you mean generator?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["generator", "classifier"])
+def test_a_config_s_mistakes_name_file_and_key(kind: str, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "made.yaml"
+    for content, told in (
+        ("learning: {steps: many}\n", "learning.steps: 'many' where int is needed"),
+        ("shape: [1\n", "not valid YAML"),
+    ):
+        config.write_text(content)
+        words = [
+            "scratch",
+            kind,
+            "--config",
+            str(config),
+            "--texts.path",
+            "x",
+            "--output",
+            str(tmp_path / "m"),
+        ]
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"tandem: error: {config}: ")
+        assert told in line
+
+
 def test_one_label_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "film {n}", "label": 1}}\n' for n in range(40)))
     with pytest.raises(UserError, match="column 'label' holds 1; there should be two"):

@@ -19,3 +19,16 @@ class CountReward(Reward):
 
     def describe(self) -> dict[str, Any]:
         return {"class": "CountReward", "letters": self.letters}
+
+
+class Failing(CountReward):
+    """Fails at prompts that say a word."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        if any(self.at in prompt for prompt in prompts):
+            raise KeyError(self.at)
+        return super().__call__(prompts, completions)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from tests.pairs.rewards import CountReward
 from trainer.generation import Sampling
@@ -105,7 +106,14 @@ def test_blank_texts_are_not_scored() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([1.0], "gave 1 scores for 2 texts"), ([1.0, float("nan")], "the score of 'other' is nan")],
+    [
+        ([1.0], "gave 1 scores for 2 texts"),
+        ([1.0, float("nan")], "the score of 'other' is nan"),
+        ([1.0, None], "the score of 'other' is None; a finite number is wanted"),
+        ([1.0, "good"], "the score of 'other' is 'good'"),
+        (torch.ones(2, 2), r"the score of 'one' is tensor\(\[1., 1.\]\)"),
+        (None, r"fails at '', the first of 2 prompts \(TypeError: 'NoneType' object is not iterable\)"),
+    ],
 )
 def test_a_reward_that_answers_nonsense_is_named(scores, message) -> None:
     class Wrong:
@@ -114,6 +122,39 @@ def test_a_reward_that_answers_nonsense_is_named(scores, message) -> None:
 
     with pytest.raises(UserError, match=f"Wrong: {message}"):
         rows(Wrong(), "one", "other")
+
+
+def test_a_reward_that_fails_is_named_with_its_error() -> None:
+    def broken(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        raise KeyError("no such word\nand more")
+
+    with pytest.raises(
+        UserError, match=r"broken: fails at '', the first of 2 prompts \(KeyError: "
+    ) as caught:
+        rows(broken, "one", "other")
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_reward_s_own_line_stays_as_it_is() -> None:
+    def refusing(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        raise UserError("my.txt: no such file")
+
+    with pytest.raises(UserError, match=r"^my\.txt: no such file$"):
+        rows(refusing, "one", "other")
+
+
+@pytest.mark.parametrize("found", [ValueError("no model"), {"weights": torch.ones(1)}])
+def test_a_reward_that_cannot_describe_itself_is_named(found) -> None:
+    class Shy(CountReward):
+        def describe(self) -> dict[str, Any]:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+    with pytest.raises(
+        UserError, match=r"Shy\.describe: fails \((Value|Type)Error: .*; it should give plain JSON"
+    ):
+        BestOfN(Said("a"), NoPrompt(1), Shy()).describe()
 
 
 FILE = CandidateFile("x.jsonl")

@@ -172,6 +172,21 @@ def test_two_ranks_give_the_same_files_as_one(config, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_a_reward_that_fails_on_one_rank_ends_all_with_a_line(config, tmp_path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    failing = json.dumps({"class_path": "tests.pairs.rewards.Failing", "init_args": {"at": "number 3"}})
+    logs = ["--redirects", "3", "--log-dir", str(tmp_path / "logs")]
+    command = [*torchrun, *logs, "-m", "launch.cli", *words(config, tmp_path / "out", "--reward", failing)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    said = [path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log"))]
+    assert len(said) == 2
+    assert not any("Traceback" in each for each in said)
+    assert any("tandem: error: Failing: fails at 'beginning number 3'" in each for each in said)
+
+
+@pytest.mark.slow
 def test_ctrl_c_says_that_the_same_command_goes_on(config, tmp_path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -78,6 +79,45 @@ def test_broken_rows_are_dropped_counted_and_listed(tmp_path, caplog) -> None:
     assert lines[0] == "4 broken rows are left out:"
     assert [line.split(": ")[0] for line in lines[1:]] == [f"{path}, row {n}" for n in (1, 3, 4, 5)]
     assert "role 'human'" in lines[3]
+
+
+LINES = [b'{"prompt": "p", ', b'"text"', b'{"prompt": "\xff"}', b'{"chosen": "\\ud83d"}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_that_cannot_be_read_are_broken_rows(tmp_path, caplog, pack) -> None:
+    good = json.dumps(row()).encode()
+    path = tmp_path / ("x.jsonl.gz" if pack is gzip.compress else "x.jsonl")
+    path.write_bytes(pack(b"\n".join([good, b"", *LINES, json.dumps(row("q")).encode()])))
+    with pytest.raises(UserError, match=r"x\.jsonl(\.gz)?:\d: not"):
+        PreferenceFile(str(path), validation_fraction=0).load("train")
+    source = PreferenceFile(str(path), validation_fraction=0, broken="drop")
+    with caplog.at_level(logging.WARNING):
+        loaded = source.load("train")
+    assert [record.prompt for record in loaded.records] == ["p", "q"]
+    assert (loaded.counts["rows"], loaded.counts["dropped_broken"]) == (7, 5)
+    told = caplog.messages[0].split("\n")[1:]
+    assert [line.split(": ")[0] for line in told] == [f"{path}:{n}" for n in (3, 4, 5, 6, 7)]
+    assert [origin for origin, _ in source.left_out("train")] == [f"{path}, row {n}" for n in range(2, 7)]
+    assert source.load("train").records[1].origin == f"{path}, row 7"
+
+
+def test_broken_lines_of_a_named_validation_file(tmp_path) -> None:
+    path = write(tmp_path / "x.jsonl", row("p"), row("q"))
+    other = tmp_path / "y.jsonl"
+    other.write_bytes(b"no\n" + json.dumps(row("p")).encode())
+    source = PreferenceFile(path, validation_path=str(other), broken="drop")
+    assert prompts(source, "train") == {"q"}
+    assert source.load("validation").counts["dropped_broken"] == 1
+
+
+def test_a_file_of_broken_lines_only_is_refused(tmp_path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"no\nneither\n")
+    with pytest.raises(UserError, match=r"all 2 lines are broken; the first: .*x\.jsonl:1: not valid JSON"):
+        PreferenceFile(str(tmp_path / "x.jsonl"), broken="drop").load("train")
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
+    with pytest.raises(UserError, match="not a whole gzip file"):
+        PreferenceFile(str(tmp_path / "y.jsonl.gz"), broken="drop").load("train")
 
 
 def test_a_long_list_is_cut(tmp_path, caplog) -> None:

@@ -185,6 +185,63 @@ def test_one_prompt_that_is_refused_does_not_end_the_work(server, texts, tmp_pat
     assert all("the prompt is too long" in each for each in bad)
 
 
+TOO_LONG = (400, b'{"error": {"message": "the prompt is too long"}}')
+
+
+def test_a_rerun_in_which_all_that_is_left_is_refused_ends_as_the_first_run_would(
+    server, texts, tmp_path
+) -> None:
+    """Killed before the last three prompts, which the server refuses one by one."""
+    prompts = [prompt.text for prompt in builder(server.url, texts).prompts().prompts]
+
+    def behaviour(body: dict[str, Any]) -> tuple[int, bytes] | None:
+        return TOO_LONG if body["prompt"] in prompts[-3:] else None
+
+    server.behaviour = behaviour
+    whole = build(builder(server.url, texts), tmp_path / "whole").manifest
+    assert whole["counts"]["dropped_invalid"] == 3
+    server.behaviour = lambda body: (500, b"down") if body["prompt"] in prompts[-3:] else None
+    with pytest.raises(UserError, match="status 500"):
+        build(builder(server.url, texts, batch_size=4), tmp_path / "cut")
+    server.behaviour = behaviour
+    server.asked.clear()
+    again = build(builder(server.url, texts), tmp_path / "cut")
+    assert (again.new, again.missing) == (3, 0)
+    assert again.manifest["counts"] == whole["counts"]
+    assert [body["prompt"] for body in server.asked].count("The") == 1
+    files = [(tmp_path / name / "pairs.jsonl").read_bytes() for name in ("cut", "whole")]
+    assert files[0] == files[1]
+
+
+def test_a_rerun_at_a_server_that_refuses_everything_by_now_keeps_what_is_left(
+    server, texts, tmp_path
+) -> None:
+    server.behaviour = lambda body: (500, b"down") if len(server.asked) > 20 else None
+    with pytest.raises(UserError, match="status 500"):
+        build(builder(server.url, texts, batch_size=4, parallel=1), tmp_path / "out")
+    server.behaviour = lambda body: (400, b"no such setting")
+    with pytest.raises(UserError, match=r"not one of 16 answers is usable: .*no such setting"):
+        build(builder(server.url, texts), tmp_path / "out")
+    server.behaviour = lambda body: None
+    assert build(builder(server.url, texts), tmp_path / "out").manifest["counts"]["candidates_invalid"] == 0
+
+
+def test_prompts_that_are_all_refused_leave_no_pair_and_the_server_s_reason(server, texts, tmp_path) -> None:
+    server.behaviour = lambda body: None if body["prompt"] == "The" else TOO_LONG
+    with pytest.raises(UserError, match=r"no pair is left .*dropped_invalid 9.*the prompt is too long"):
+        build(builder(server.url, texts), tmp_path / "out")
+
+
+def test_the_only_prompt_is_refused_by_a_server_that_refuses_all(server, tmp_path) -> None:
+    (tmp_path / "texts.txt").write_text("alone")
+    texts = TextPrompts(str(tmp_path / "texts.txt"), tokens=None, part="all")
+    server.behaviour = lambda body: TOO_LONG
+    with pytest.raises(UserError, match=r"not one of 4 answers is usable: .*too long"):
+        build(builder(server.url, texts), tmp_path / "out")
+    server.behaviour = lambda body: None
+    assert build(builder(server.url, texts), tmp_path / "out").new == 1
+
+
 def test_a_server_that_refuses_prompt_by_prompt_leaves_no_row(server, texts, tmp_path) -> None:
     server.behaviour = lambda body: (400, b"no")
     with pytest.raises(UserError, match="not one of 8 answers is usable"):

@@ -11,9 +11,9 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from trainer.data.lines import JsonLines, open_binary
+from trainer.data.lines import BrokenLine, JsonLines, open_binary
 from trainer.provenance import sha256_file
 from trainer.schema import UserError
 
@@ -47,13 +47,23 @@ class Table:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for origin, row in self.with_broken():
+            if isinstance(row, BrokenLine):
+                raise row
+            yield origin, row
+
+    def with_broken(self) -> Iterator[tuple[str, dict[str, Any] | BrokenLine]]:
+        """As iterating; where it was read with `tolerant`, a broken line comes as its error."""
         for number, row in enumerate(self._read(), start=1):
             yield f"{self.name}, row {number}", row
 
-    def _read(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> Iterator[dict[str, Any] | BrokenLine]:
         if isinstance(self.rows, JsonLines):
             for row in self.rows:
-                yield {column: row.get(column) for column in self.columns}
+                if isinstance(row, BrokenLine):
+                    yield row
+                else:
+                    yield {column: row.get(column) for column in self.columns}
             return
         for batch in self.rows.iter(batch_size=_BATCH):
             for values in zip(*(batch[column] for column in self.columns), strict=True):
@@ -68,6 +78,7 @@ def read_rows(
     split: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    tolerant: bool = False,
 ) -> Table:
     """Read a local .txt, .jsonl, .json, .csv or .parquet file (.txt, .jsonl, .csv also as .gz), or a hub
     dataset.
@@ -79,6 +90,7 @@ def read_rows(
         split: of a hub dataset (default `train`); a local file has none.
         revision: of a hub dataset: branch, tag or commit.
         offline: refuse hub datasets.
+        tolerant: keep a .jsonl file's broken lines as errors: `Table.with_broken` gives them.
 
     Raises:
         UserError: no such file, a folder, an unknown kind, not UTF-8, empty, broken, or without a column.
@@ -87,7 +99,7 @@ def read_rows(
     if local.exists() or not _looks_like_hub_id(path):
         if split is not None or revision is not None:
             raise UserError(f"{path}: split and revision belong to hub datasets; a local file has neither")
-        dataset, hashes = _load_local(local), {str(path): sha256_file(local)}
+        dataset, hashes = _load_local(local, tolerant), {str(path): sha256_file(local)}
     else:
         dataset, hashes = _load_hub(path, split or "train", revision, offline)
     return _select(str(path), dataset, columns, optional, hashes)
@@ -136,12 +148,12 @@ def _select(
 # --- local files --------------------------------------------------------------------------------------------
 
 
-def _load_local(path: Path) -> Dataset | JsonLines:
+def _load_local(path: Path, tolerant: bool = False) -> Dataset | JsonLines:
     suffix = _kind(path)
     if suffix != ".parquet":
-        _check_utf8(path)
+        _check_utf8(path, "replace" if tolerant and suffix == ".jsonl" else "strict")
     if suffix == ".jsonl":
-        return JsonLines(path)
+        return JsonLines(path, tolerant)
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -183,9 +195,9 @@ def _literal(path: Path) -> str:
     return re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
 
 
-def _check_utf8(path: Path) -> None:
-    """Refuse a file that is not UTF-8 or only blank, naming the line; huge lines are no matter."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+def _check_utf8(path: Path, errors: Literal["strict", "replace"] = "strict") -> None:
+    """Refuse a file that is not UTF-8 (if `strict`) or only blank, naming the line; huge lines are no matter."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
     line, blank = 1, True
     try:
         with open_binary(path) as stream:

@@ -23,6 +23,7 @@ from trainer.data.cells import (
 )
 from trainer.data.digests import Digests
 from trainer.data.files import Table, fingerprint, read_rows
+from trainer.data.lines import BrokenLine
 from trainer.data.sources import Loaded, Source, Streamed, split_share
 from trainer.schema import Demonstration, Preference, Split, Text, UserError
 
@@ -60,7 +61,8 @@ class _Rows(Source):
             validated on. Without it there is none.
         columns: ours -> the file's, where the file has other names.
         empty: what to do with a row whose completion is empty: stop there, or leave it out and count it.
-        broken: the same for a row whose cells do not hold what they should; those left out are listed, too.
+        broken: the same for a row whose cells do not hold what they should, and a .jsonl file's line that cannot be
+            read; those left out are listed, too.
         limit: at most so many records of each split, the first ones.
         revision: branch, tag or commit of the hub dataset.
         offline: refuse the network.
@@ -162,6 +164,7 @@ class _Rows(Source):
             split=part,
             revision=self._revision(path),
             offline=self.offline,
+            tolerant=self.broken == "drop",
         )
 
     @functools.cached_property
@@ -170,7 +173,7 @@ class _Rows(Source):
         table = self._table("validation")
         parse = self._parser(table)
         found = Digests()
-        for origin, row in table:
+        for origin, row in table.with_broken():
             record = self._record(row, origin, parse)
             if not isinstance(record, _Dropped):
                 found.add(_said_of(record))
@@ -182,7 +185,9 @@ class _Rows(Source):
             has = ", ".join(table.available)
             raise UserError(f"{table.name}: no column {', '.join(missing)}; its columns are: {has}")
 
-    def _record(self, row: dict[str, Any], origin: str, parse: _Parse) -> Record | _Dropped:
+    def _record(self, row: dict[str, Any] | BrokenLine, origin: str, parse: _Parse) -> Record | _Dropped:
+        if isinstance(row, BrokenLine):
+            return _Dropped("dropped_broken", str(row))
         try:
             return parse({name: row.get(column) for name, column in self._names.items()}, origin)
         except EmptyCompletion as error:
@@ -220,7 +225,7 @@ class _Rows(Source):
         parse = self._parser(table)
         held_out = self._prompts_held_out if self._apart and split == "train" else Digests()
         seen, kept = Digests(), 0
-        for origin, row in table:
+        for origin, row in table.with_broken():
             record = self._record(row, origin, parse)
             if isinstance(record, _Dropped):
                 yield origin, record

@@ -40,9 +40,6 @@ def summarize_source(
     return {"source": type(source).__name__, "prompt_template": source.prompt_template, "splits": found}
 
 
-summarize = summarize_source  # the old name, until launch/commands/data.py says the new one
-
-
 def summarize_records(loaded: Loaded, *, capitals: bool = False, examples: int = 3) -> dict[str, Any]:
     """`summarize_source` for one split that is loaded; its records are read once, and none is kept."""
     sizes: dict[str, array[int]] = {}

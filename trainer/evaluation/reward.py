@@ -15,7 +15,7 @@ from trainer.data.tokenize import tokenize_prompt
 from trainer.evaluation.divergence import Applied, Drawn, by_ranks, measure
 from trainer.evaluation.diversity import distinct, self_similarity
 from trainer.generation import Generation, Sampling, generate
-from trainer.rewards import Reward, described
+from trainer.rewards import Reward, described, scored
 from trainer.schema import UserError
 
 _RESAMPLES = 2000
@@ -115,6 +115,8 @@ def evaluate_reward(
     """
     if not rewards:
         raise UserError("rewards: none is given; name one or more")
+    # Before anything is sampled: a reward that is not there is told at once.
+    reward_models = {name: described(reward) for name, reward in rewards.items()}
     sampled = sample(model, tokenizer, prompts, sampling, samples, batch_size, progress)
     measured = measure(model, sampled.drawn, reference)
     scores = {name: score(reward, sampled) for name, reward in rewards.items()}
@@ -126,7 +128,7 @@ def evaluate_reward(
         "prompts": len(prompts),
         "samples_per_prompt": samples,
         "sampling": dataclasses.asdict(sampling),
-        "reward_models": {name: described(reward) for name, reward in rewards.items()},
+        "reward_models": reward_models,
         "rewards": {
             name: _mean(each, samples) | {"sd": _sd(each), "n": len(each)} for name, each in scores.items()
         },
@@ -144,14 +146,8 @@ def score(reward: Reward, sampled: Sampled) -> list[float]:
     """The reward of each answer; ranks share the work."""
     prompts, texts = sampled.beginnings, sampled.texts
     parts = [slice(start, start + _CHUNK) for start in range(0, len(texts), _CHUNK)]
-    found = by_ranks(parts, lambda part: reward(prompts[part], texts[part]))
-    scores = [float(each) for part in found for each in part]
-    if len(scores) != len(texts) or not np.isfinite(scores).all():
-        raise UserError(
-            f"{type(reward).__qualname__}: gave {len(scores)} scores for {len(texts)} texts, or some that are not"
-            " finite; it should give one finite number for each"
-        )
-    return scores
+    found = by_ranks(parts, lambda part: scored(reward, prompts[part], texts[part]))
+    return [each for part in found for each in part]
 
 
 def _mean(values: Sequence[float], samples: int, over: Sequence[int] | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trainer.pairs.building import Pair, PairBuilder
 from trainer.pairs.candidates import CandidateFile
 from trainer.pairs.continuations import Continuation, Generator
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
-from trainer.rewards import Reward, described
+from trainer.rewards import Reward, described, scored
 from trainer.schema import UserError
 
 _N = 8
@@ -85,8 +85,8 @@ class BestOfN(PairBuilder):
             yield [self._row(prompt, texts) for prompt, texts in batch]
 
     def _row(self, prompt: Prompt, texts: list[Continuation]) -> Row:
-        scored = texts if self.reward is None else self._scored(prompt, texts)
-        candidates = [dataclasses.asdict(each) for each in scored]
+        found = texts if self.reward is None else self._scored(prompt, texts)
+        candidates = [dataclasses.asdict(each) for each in found]
         for each in candidates:
             if each["invalid"] is None:
                 del each["invalid"]
@@ -96,20 +96,13 @@ class BestOfN(PairBuilder):
         """The texts with their scores; a blank or invalid one is in no pair, and gets none."""
         assert self.reward is not None
         asked = [i for i, each in enumerate(texts) if each.text.strip() and each.invalid is None]
-        scored = [dataclasses.replace(each, score=None) for each in texts]
+        found = [dataclasses.replace(each, score=None) for each in texts]
         if not asked:
-            return scored
-        scores = self.reward([prompt.text] * len(asked), [texts[i].text for i in asked])
-        name = getattr(self.reward, "__qualname__", type(self.reward).__qualname__)
-        if len(scores) != len(asked):
-            raise UserError(
-                f"{name}: gave {len(scores)} scores for {len(asked)} texts; one is wanted for each"
-            )
-        for i, score in zip(asked, map(float, scores), strict=True):
-            if not math.isfinite(score):
-                raise UserError(f"{name}: the score of {texts[i].text[:60]!r} is {score}; a number is wanted")
-            scored[i] = dataclasses.replace(texts[i], score=score)
-        return scored
+            return found
+        scores = scored(self.reward, [prompt.text] * len(asked), [texts[i].text for i in asked])
+        for i, score in zip(asked, scores, strict=True):
+            found[i] = dataclasses.replace(texts[i], score=score)
+        return found
 
     @override
     def pair(self, row: Row, counts: Counter[str]) -> Pair | None:

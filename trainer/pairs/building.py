@@ -7,7 +7,9 @@ and, when no prompt is missing any more, `candidates.jsonl`, `pairs.jsonl` (for 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -171,7 +173,9 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
     if not kept:
         (output / PAIRS).unlink(missing_ok=True)
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"{output}: no pair is left ({told}); ask for more texts, or less of each")
+        invalid = (each["invalid"] for row in rows for each in row["candidates"] if each.get("invalid"))
+        why = "".join(f"; the first invalid text: {each}" for each in itertools.islice(invalid, 1))
+        raise UserError(f"{output}: no pair is left ({told}{why}); ask for more texts, or less of each")
     _write_once(output / PAIRS, texts[PAIRS])
     manifest = {
         "kind": "pairs",
@@ -296,7 +300,8 @@ def _agreed(keys: list[str]) -> list[str]:
     if _ranks() == 1:
         return keys
     said = [keys]
-    torch.distributed.broadcast_object_list(said)
+    with _losing_a_rank():
+        torch.distributed.broadcast_object_list(said)
     return said[0]
 
 
@@ -305,5 +310,18 @@ def _gathered(value: int) -> list[int]:
     if _ranks() == 1:
         return [value]
     found = [0] * _ranks()
-    torch.distributed.all_gather_object(found, value)
+    with _losing_a_rank():
+        torch.distributed.all_gather_object(found, value)
     return found
+
+
+@contextlib.contextmanager
+def _losing_a_rank() -> Iterator[None]:
+    """A rank that fails ends at once, with its error; those that wait for it say that it is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {_rank()} of {_ranks()} lost another one; that one's own output says why. What was made is kept,"
+            " and the same command goes on"
+        ) from error

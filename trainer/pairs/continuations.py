@@ -14,7 +14,7 @@ from typing_extensions import override
 from trainer.data.tokenize import tokenize_prompts
 from trainer.generation import Sampling, answer_batches
 from trainer.pairs.prompts import Prompt
-from trainer.policy.devices import device_named
+from trainer.policy.devices import check_device, device_named
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
 from trainer.schema import UserError
 
@@ -92,6 +92,8 @@ class LocalGenerator(Generator):
             raise UserError("LocalGenerator: neither base nor adapter is given; name a model")
         if batch_size < 1:
             raise UserError(f"LocalGenerator.batch_size: {batch_size} is not possible; give 1 or more")
+        # Only the name: shards that were made on a GPU may be merged where there is none.
+        check_device(device, "LocalGenerator.device:")
         self.base, self.adapter, self.batch_size = base, adapter, batch_size
         self.dtype, self.device, self.revision = dtype, device, revision
         self.offline, self.trust_remote_code = offline, trust_remote_code
@@ -150,7 +152,8 @@ class LocalGenerator(Generator):
 
     @functools.cached_property
     def _model(self) -> Any:
-        return load_frozen(self._policy).to(device_named(self.device, "LocalGenerator.device:"))  # type: ignore[arg-type]
+        device = device_named(self.device, "LocalGenerator.device:")  # before weights are loaded for nothing
+        return load_frozen(self._policy).to(device)  # type: ignore[arg-type]
 
 
 def _whole(text: str, finished: bool) -> str:

@@ -18,13 +18,16 @@ from trainer.provenance import sha256_text
 from trainer.schema import UserError
 from trainer.server import Answer, Refused, Server, ServerNonsense
 
+_PLAIN = Prompt("plain", "The")
+"""What a server that works continues."""
+
 
 class ServerGenerator(Generator):
     """Asks a server for each continuation by itself, many at once, with a seed of its own.
 
     A server that is down ends the work, with what came before kept. A request that it refuses, or answers with nonsense
-    to the last attempt, is an invalid continuation: counted, never in a pair. Where the first prompts, two or more, get
-    nothing else, the work ends, too.
+    to the last attempt, is an invalid continuation: counted, never in a pair. Where the first prompts get nothing else,
+    a plain word is asked for with the same settings: if that is refused, too, the work ends.
 
     Args:
         url: where the API begins, such as http://localhost:8000/v1.
@@ -79,14 +82,14 @@ class ServerGenerator(Generator):
                 texts = [self._continuation(answer) for answer in answers]
                 usable = usable or not all(text.invalid for text in texts)
                 held += [(prompt, texts[i * n : (i + 1) * n]) for i, prompt in enumerate(batch)]
-                if not usable and len(held) > 1:
-                    raise UserError(f"not one of {len(held) * n} answers is usable: {texts[0].invalid}")
-                # One prompt may be at fault by itself; what comes next says whether the server is.
+                # Prompts may be at fault by themselves; a word that no one can refuse says whether the server is.
+                if not usable and (len(held) > 1 or start + together >= len(own)):
+                    if isinstance(self._ask(server, sampling, _PLAIN, 0), str):
+                        raise UserError(f"not one of {len(held) * n} answers is usable: {texts[0].invalid}")
+                    usable = True
                 if usable:
                     yield held
                     held = []
-            if held:
-                yield held
         finally:
             # Those under way are waited for, but ask no second time.
             server.interrupted.set()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import abc
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
+
+from trainer.schema import UserError
 
 
 class Reward(abc.ABC):
@@ -23,7 +27,55 @@ class Reward(abc.ABC):
 
 
 def described(reward: Any) -> dict[str, Any]:
-    """What a manifest says of a reward: its own `describe()`, or its class."""
-    if hasattr(reward, "describe"):
-        return reward.describe()
-    return {"class": getattr(reward, "__qualname__", type(reward).__qualname__)}
+    """What a manifest says of a reward: its own `describe()`, or its class. Raises `UserError` where that fails."""
+    if not hasattr(reward, "describe"):
+        return {"class": _name(reward)}
+    try:
+        found: dict[str, Any] = reward.describe()
+        json.dumps(found)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{_name(reward)}.describe: fails ({_told(error)}); it should give plain JSON"
+        ) from error
+    return found
+
+
+def scored(reward: Any, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The reward of each completion, checked. Raises `UserError` for whatever goes wrong in it, so that ranks agree."""
+    name = _name(reward)
+    try:
+        found = list(reward(prompts, completions))
+    except UserError:
+        raise
+    except Exception as error:
+        first = f", the first of {len(prompts)} prompts" if len(prompts) > 1 else ""
+        raise UserError(f"{name}: fails at {prompts[0][:60]!r}{first} ({_told(error)})") from error
+    if len(found) != len(completions):
+        raise UserError(
+            f"{name}: gave {len(found)} scores for {len(completions)} texts; one is wanted for each"
+        )
+    return [_number(name, score, text) for score, text in zip(found, completions, strict=True)]
+
+
+def _number(name: str, score: Any, text: str) -> float:
+    try:
+        number = float(score)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        told = repr(score)
+        told = told if len(told) <= 60 else told[:57] + "..."
+        raise UserError(f"{name}: the score of {text[:60]!r} is {told}; a finite number is wanted")
+    return number
+
+
+def _name(reward: Any) -> str:
+    return str(getattr(reward, "__qualname__", type(reward).__qualname__))
+
+
+def _told(error: Exception) -> str:
+    """An error's type and the first line of its text."""
+    text = str(error).strip().split("\n")[0]
+    return type(error).__name__ + (f": {text}" if text else "")

@@ -147,6 +147,7 @@ class ClassifierReward(Reward):
 
     @functools.cached_property
     def _loaded(self) -> _Loaded:
+        device = device_named(self.device, "ClassifierReward.device:")
         config, settings = self._config, self._settings
         label = _label_index(self.model, config, self.label)
         try:
@@ -168,7 +169,6 @@ class ClassifierReward(Reward):
             raise UserError(
                 f"ClassifierReward.model: '{self.model}' is no sequence classifier (it lacks {missing[0]})"
             )
-        device = device_named(self.device, "ClassifierReward.device:")
         encode = _Encoder(tokenizer, self)
         if model.config.pad_token_id is None:
             # The mask hides padding, but GPT-2 and its like look for the last id that is none.
