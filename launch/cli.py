@@ -55,6 +55,18 @@ COMMANDS = {
     ),
     "export": Command("launch.commands.export:main", "merge an adapter into a Hugging Face model folder"),
 }
+_PLACES = (
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.ESTALE,
+)
+"""What is wrong with a place that a user named, or with its disk."""
 INTERRUPTED = 130
 USAGE = 2
 
@@ -141,10 +153,12 @@ def explain(error: BaseException) -> str | None:
     """One line for an error that a user can do something about; None for a fault of the program."""
     # Imported here: they bring torch, which `tandem --help` has no use for.
     from launch.errors import describe, user_error_in
+    from trainer.schema import UserError
 
     kind = type(error).__name__
     # jsonargparse wraps what a class refuses while it is built.
-    if kind in ("UserError", "ValueError", "ArgumentError") and (found := user_error_in(error)) is not None:
+    wraps = isinstance(error, UserError) or kind in ("ValueError", "ArgumentError")
+    if wraps and (found := user_error_in(error)) is not None:
         return " ".join(str(found).split())
     if kind == "ArgumentError":
         return describe(error)
@@ -159,6 +173,8 @@ def explain(error: BaseException) -> str | None:
         return f"no space is left on the disk{where}; what was saved before is untouched"
     if isinstance(error, PermissionError):
         return f"{error.filename}: permission denied"
+    if isinstance(error, OSError) and error.errno in _PLACES and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return None
 
 

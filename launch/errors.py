@@ -14,6 +14,8 @@ from typing import Any
 
 from trainer.schema import UserError
 
+EMPTY_CONFIG = "holds no settings; it should have lines such as `name: value`"
+_LONGEST = 600
 _NOISE = (
     "Does not validate against",
     "Subtypes:",
@@ -57,10 +59,24 @@ def user_error_in(error: BaseException) -> UserError | None:
     return link
 
 
-def describe(error: BaseException, files: Sequence[str] = ()) -> str:
-    """One line for a jsonargparse `ArgumentError`; names the last of `files` that holds the key."""
+def root_of(error: BaseException) -> BaseException:
+    """What a library's error was raised for, in the end."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def describe(error: BaseException, files: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
+    """One line for a jsonargparse `ArgumentError`; names the last of `files` that holds the key.
+
+    None of them is named where one of the `arguments` sets it.
+    """
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if text.startswith("Unexpected config") and (
+        odd := next((file for file in files if not isinstance(check_yaml(file), dict)), None)
+    ):
+        return f"{odd}: {EMPTY_CONFIG}"
     if text.startswith("the following arguments are required: data, model"):
         return "no config: give --config FILE (it says what model and data are)"
     if unknown := re.fullmatch(r"unrecognized arguments: (.*)", text):
@@ -76,10 +92,13 @@ def describe(error: BaseException, files: Sequence[str] = ()) -> str:
     else:
         problem = "; ".join(dict.fromkeys(_leaves(lines))) or _not_imported(lines) or lines[0]
     path = [part for part in path if part and part != "init_args"]
+    if path and any(re.match(rf"--{re.escape(path[0])}(?![\w-])", word) for word in arguments):
+        files = ()
     place = (
         next((f"{file}: " for file in reversed(files) if holds(check_yaml(file), path)), "") if path else ""
     )
-    return f"{place}{'.'.join(path)}{': ' if path else ''}{problem}"
+    line = f"{place}{'.'.join(path)}{': ' if path else ''}{problem}"
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def _leaves(lines: list[str]) -> Iterator[str]:
@@ -90,7 +109,9 @@ def _leaves(lines: list[str]) -> Iterator[str]:
     if given is not None and (nested := re.match(r"NestedArg\(key='.*', val=(.*)\)$", given)):
         given = str(_literal(nested[1]))
     for line in lines:
-        if line.startswith("Given value:") or any(line.startswith(noise) for noise in _NOISE):
+        if line.startswith("Given value:") or any(
+            line.startswith(noise) or line.startswith(f"- {noise}") for noise in _NOISE
+        ):
             continue
         if line.startswith("Parser key") and (
             line.endswith(":") or re.fullmatch(r'Parser key "[^"]*":', line)
@@ -100,7 +121,25 @@ def _leaves(lines: list[str]) -> Iterator[str]:
         if leaf.startswith("Problem with given class_path"):
             continue
         if absent := re.match(r"Expected a path but (.*) either not accessible or invalid", leaf):
-            yield f"no such file: {absent[1]}"
+            # A class that is given in JSON is tried as the name of a config, too.
+            if not absent[1].startswith(("{", "[")):
+                yield f"no such file: {absent[1]}"
+            continue
+        if named := re.match(r"Expected a dot import path string: ?(.*)", leaf):
+            yield f"{named[1]!r} where a class such as my_file.MyClass is needed"
+            continue
+        if least := re.match(r"Not of type (PositiveInt|NonNegativeInt): ?(.*?) ?does not conform", leaf):
+            number = f"a whole number of {1 if least[1] == 'PositiveInt' else 0} or more"
+            yield f"{least[2] or given} where {number} is needed"
+            continue
+        if least := re.match(r"Not of type (?:PositiveInt|NonNegativeInt): invalid literal .*: (.*)", leaf):
+            yield f"{least[1]} where a whole number is needed"
+            continue
+        if named := re.fullmatch(r"Import path (\S+) does not correspond to a subclass of (\w+)", leaf):
+            yield f"{named[1]} is no subclass of {named[2]}"
+            continue
+        if bare := re.match(r"Expected an instantiatable class, but (\S+) is abstract", leaf):
+            yield f"{bare[1]} lacks a method that it has to have"
             continue
         if leaf.startswith("No module named"):
             continue
@@ -145,7 +184,9 @@ def _near(name: str, classes: list[str], group: str | None) -> str:
         return ""
     known = [each for each in inspect.signature(owner).parameters if each not in ("args", "kwargs")]
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; {owner.__name__} takes {', '.join(known)}"
+    return (
+        f"; did you mean `{near[0]}`?" if near else f"; {owner.__name__} takes {', '.join(known) or 'none'}"
+    )
 
 
 def _imported(class_path: str) -> Any:

@@ -108,6 +108,9 @@ def sharded_model(config: PolicyConfig, fabric: Fabric | None) -> Any:
 
 
 def _policy_config(given: Namespace) -> PolicyConfig:
+    for name in ("base", "adapter"):
+        if getattr(given, name) == "":  # a variable of the shell that is not set
+            raise UserError(f"--{name}: is empty; give a model, or leave it out")
     names = ("revision", "dtype", "offline", "trust_remote_code")
     settings = {name: getattr(given, name) for name in names}
     if given.adapter is not None:

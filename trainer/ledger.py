@@ -108,6 +108,8 @@ class Ledger:
             write_json(path, settings)
             return
         there = read_json(path)
+        if not isinstance(there, dict):
+            raise UserError(f"{path}: holds no settings; give another folder, or remove it")
         differing = sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name))
         if differing:
             told = "; ".join(

@@ -218,7 +218,7 @@ class Server:
         """One short line, without the key, which some servers say back."""
         if self._key:
             text = text.replace(self._key, "[key]")
-        line = " ".join(text.split()) or "nothing"
+        line = _whole(" ".join(text.split()) or "nothing")
         return line if len(line) <= 200 else line[:197] + "..."
 
 
@@ -242,10 +242,15 @@ def _answer(choice: dict[str, Any]) -> Answer:
     if not isinstance(text, str | None):
         raise TypeError(f"a text is {type(text).__name__}")
     return {
-        "text": text or "",
+        "text": _whole(text or ""),
         "finish_reason": choice.get("finish_reason"),
         "top": _top(choice.get("logprobs")),
     }
+
+
+def _whole(text: str) -> str:
+    """JSON can hold half a character (a lone surrogate), a file of UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _top(logprobs: dict[str, Any] | None) -> dict[str, float] | None:

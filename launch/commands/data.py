@@ -106,7 +106,8 @@ def _left_out(source: Any) -> list[str]:
     """The first rows that no split has, and why, where the source can tell; those beyond a limit are no news."""
     if not hasattr(source, "left_out"):
         return []
-    first, more = [], 0
+    first: list[str] = []
+    more = 0
     for origin, why in source.left_out("train"):
         if why == "over limit":
             continue

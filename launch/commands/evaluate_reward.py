@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from launch.commands.parsing import add_model, command_parser
+from launch.commands.parsing import add_model, check_output, command_parser, instantiated, parsed
 from trainer.schema import UserError
 
 
@@ -34,15 +35,17 @@ def parser() -> ArgumentParser:
     )
     made.add_class_arguments(Sampling, "sampling")
     made.set_defaults({"sampling.do_sample": True, "sampling.max_new_tokens": 48})
-    made.add_argument("--samples", type=int, default=1, help="Continuations of each prompt.")
-    made.add_argument("--batch_size", type=int, default=64, help="Continuations sampled at once.")
+    made.add_argument("--samples", type=PositiveInt, default=1, help="Continuations of each prompt.")
+    made.add_argument("--batch_size", type=PositiveInt, default=64, help="Continuations sampled at once.")
     made.add_argument(
         "--reference",
         type=str | None,
         help="What the KL divergence is from: an adapter of the same base, or a model's folder. Default: the base of"
         " --adapter; a model without one has none.",
     )
-    made.add_argument("--examples", type=int, default=20, help="How many prompts' texts the result holds.")
+    made.add_argument(
+        "--examples", type=NonNegativeInt, default=20, help="How many prompts' texts the result holds."
+    )
     made.add_argument("--label", type=str, default="", help="Name in the report.")
     made.add_argument("--output", type=str, required=True, metavar="FILE", help="JSON file for the result.")
     return made
@@ -50,19 +53,9 @@ def parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `tandem evaluate reward`; returns the exit status."""
-    from launch.errors import check_yaml, config_files, describe, user_error_in
-
-    for file in config_files(arguments):
-        check_yaml(file)
     made = parser()
-    try:
-        given = made.instantiate(made.parse_args(list(arguments)))
-    except ArgumentError as error:
-        raise user_error_in(error) or UserError(describe(error, config_files(arguments))) from error
-    if Path(given.output).is_dir():
-        raise UserError(
-            f"--output {given.output}: is a folder; give a file such as {given.output}/reward.json"
-        )
+    given = instantiated(made, parsed(made, arguments))
+    check_output(given.output, file=True)
     return _evaluate(given)
 
 

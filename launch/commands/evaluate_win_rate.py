@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from launch.commands.parsing import add_model, command_parser
+from launch.commands.parsing import add_model, check_output, command_parser, instantiated, parsed
 from trainer.data.sources import Source
 from trainer.generation import Sampling
 from trainer.judges import Judge
@@ -69,11 +69,11 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `tandem evaluate win-rate`; returns the exit status."""
     made = parser()
-    given = made.parse_args(_with_judge(arguments))
+    given = parsed(made, _with_judge(arguments))
     for part in (given.judge, given.data) if given.offline else ():
         if "offline" in (part.get("init_args") or {}):
             part.init_args.offline = True
-    return win_rate(given, made.instantiate(given))
+    return win_rate(given, instantiated(made, given))
 
 
 def _with_judge(arguments: Sequence[str]) -> list[str]:
@@ -87,7 +87,13 @@ def _with_judge(arguments: Sequence[str]) -> list[str]:
             out.append(word)
     for place, word in reversed(list(enumerate(out))):
         if place and out[place - 1] == "--judge":
-            kind = _LLAMA if word.lower().endswith(".gguf") else _SCORED if Path(word).is_dir() else None
+            kind = (
+                _LLAMA
+                if word.lower().endswith(".gguf")
+                else _SCORED
+                if word and Path(word).is_dir()
+                else None
+            )
             out[place : place + 1] = [kind, "--judge.model", word] if kind else [word]
     return out
 
@@ -106,6 +112,7 @@ def win_rate(given: Namespace, ready: Namespace) -> int:
     output = Path(given.output)
     if output.is_dir() or not output.suffix:
         raise UserError(f"--output {output}: give a file such as {output}/win_rate.json")
+    check_output(output, file=True)
     prompt, folder = _prompt(given.prompt), output.with_suffix("")
     dialogues, answers, told = _answers(given, ready, folder / "answers")
     speaks = is_first()
@@ -149,6 +156,11 @@ def _answers(
     if given.adapter is None:
         raise UserError("--adapter: is missing; give the trained model, which is compared with its base")
     loaded = ready.data.load(given.split)
+    if not loaded.records:
+        counts = ", ".join(f"{name} {count}" for name, count in loaded.counts.items() if count)
+        raise UserError(
+            f"data: the part {given.split} has no row ({counts}); look at it with `tandem data show`"
+        )
     model = answering(given)
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     room = None if positions is None else positions - given.sampling.max_new_tokens

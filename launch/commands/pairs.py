@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from launch.commands.parsing import Kind, command_parser, dispatch, instantiated, parsed
+from launch.commands.parsing import Kind, check_output, command_parser, dispatch, instantiated, parsed
 from trainer.schema import UserError
 
 KINDS = {
@@ -103,9 +103,7 @@ def _run(builder: Any, given: Namespace, settings: dict[str, Any]) -> int:
     from trainer.pairs.building import Shard
     from trainer.pairs.building import build as built_in
 
-    shard, output = Shard.parse(given.shard), Path(given.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; give a folder")
+    shard, output = Shard.parse(given.shard), check_output(given.output)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     if join_ranks(given.device) is None and given.device is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from launch.commands.parsing import command_parser
+from launch.commands.parsing import command_parser, parsed
 from trainer.schema import UserError
 
 PAGE, NUMBERS = "pairs.html", "pairs.json"
@@ -55,7 +55,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `tandem pairs show`; prints the page's path on stdout."""
-    given = parser().parse_args(list(arguments))
+    given = parsed(parser(), arguments)
     folder = _folder(given)
     from trainer.provenance import write_json, write_text
     from trainer.report.pairs import Pairs, pairs_of_file, pairs_of_folder
@@ -84,7 +84,7 @@ def _folder(given: Namespace) -> Path:
                 )
         return Path(given.output) if given.output else pairs
     if given.output is None:
-        raise UserError(f"--output DIR is needed for the page of {pairs}, which is no folder of pairs")
+        raise UserError(f"{pairs}: is no folder of pairs; for a file or hub dataset give --output DIR, too")
     folder = Path(given.output)
     if (folder / NUMBERS).resolve() == pairs.resolve():
         raise UserError(f"--output {folder}: {NUMBERS} there is what would be shown; give another folder")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
+import re
+import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -41,25 +46,63 @@ def dispatch(command: str, kinds: Mapping[str, Kind], arguments: Sequence[str]) 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """The settings that arguments and config files give; a `UserError` names the file, the key and what is wrong."""
-    from launch.errors import check_yaml, config_files, describe, user_error_in
+    from launch.errors import EMPTY_CONFIG, check_yaml, config_files, describe, user_error_in
 
     files = config_files(arguments)
     for file in files:
-        check_yaml(file)
+        if not isinstance(check_yaml(file), dict):
+            raise UserError(f"{file}: {EMPTY_CONFIG}")
     try:
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise user_error_in(error) or UserError(describe(error, files)) from error
+        raise user_error_in(error) or UserError(describe(error, files, arguments)) from error
 
 
 def instantiated(parser: ArgumentParser, given: Namespace) -> Namespace:
-    """The settings with their objects built; what a class refuses is a `UserError`."""
-    from launch.errors import describe, user_error_in
+    """The settings with their objects built; what a class refuses, or fails at, is a `UserError`."""
+    from launch.errors import describe, root_of, user_error_in
 
     try:
         return parser.instantiate(given)
     except ArgumentError as error:
         raise user_error_in(error) or UserError(describe(error)) from error
+    except Exception as error:
+        root = root_of(error)
+        named = re.findall(r"class_path='([^']*)'", str(error)) or [_made_in(root)]
+        told = " ".join(f"{type(root).__name__}: {root}".split())[:300]
+        raise user_error_in(error) or UserError(f"{named[-1]}: cannot be made ({told})") from error
+
+
+def check_output(output: str | Path, file: bool = False) -> Path:
+    """The place that `--output` names, before anything is computed for it.
+
+    Raises:
+        UserError: a folder is there where a file is wanted, or a file where a folder is; or nothing can be written.
+    """
+    path = Path(output)
+    if file and path.is_dir():
+        raise UserError(f"--output {path}: is a folder; give a file in it")
+    if not file and path.exists() and not path.is_dir():
+        raise UserError(f"--output {path}: is a file; give a folder")
+    there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    try:
+        # What stands in the way of a folder that has to be made: a file of its name.
+        if blocked := next((each for each in path.absolute().parents if each.is_file()), None):
+            raise NotADirectoryError(errno.ENOTDIR, f"{blocked} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def _made_in(error: BaseException) -> str:
+    """The class whose `__init__` an error comes from."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name in ("__init__", "__post_init__") and "self" in frame.f_locals:
+            made = type(frame.f_locals["self"])
+            return f"{made.__module__}.{made.__qualname__}"
+    return "a class of the settings"
 
 
 class Formatter(argparse.HelpFormatter):

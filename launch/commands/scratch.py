@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from launch.commands.parsing import Kind, command_parser, dispatch, instantiated, parsed
+from launch.commands.parsing import Kind, check_output, command_parser, dispatch, instantiated, parsed
 from trainer.schema import UserError
 
 KINDS = {
@@ -61,7 +60,7 @@ def parts(arguments: Sequence[str]) -> int:
     from launch.scratch.texts import Texts, write_parts
 
     texts = Texts(given.path, given.column, given.label or "", limit=given.limit, offline=given.offline)
-    counts = write_parts(texts, given.shares, Path(given.output), given.label is not None, given.join)
+    counts = write_parts(texts, given.shares, check_output(given.output), given.label is not None, given.join)
     for name, count in counts.items():
         print(f"{name}: {count:,} texts")
     return 0
@@ -101,10 +100,8 @@ def _model(kind: str, arguments: Sequence[str]) -> int:
     settings = Settings(
         **{name: getattr(given, name) for name in ("texts", "shape", "learning", "seed", "threads")}
     )
-    output = Path(given.output)
-    if output.exists() and not (
-        output.is_dir() and (not any(output.iterdir()) or (output / "scratch.json").is_file())
-    ):
+    output = check_output(given.output)
+    if output.exists() and any(output.iterdir()) and not (output / "scratch.json").is_file():
         raise UserError(f"--output {output}: holds something else; give a new folder")
     make = make_generator if kind == "generator" else make_classifier
     figures = make(settings, output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def write_parts(
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise UserError(f"--shares {json.dumps(dict(shares))}: should be numbers above 0 that sum to 1")
     joined = joined or {}
+    for name in (*shares, *joined):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"part {name!r}: is to name a file; give letters, digits, '_', '.' and '-'")
     for name, members in joined.items():
         if name in shares or not members or not set(members) <= set(shares):
             raise UserError(f"--join {name}: should have a new name, and parts out of {', '.join(shares)}")
@@ -107,6 +111,8 @@ def write_parts(
     files = parts | {
         name: [line for part in members for line in parts[part]] for name, members in joined.items()
     }
+    # What says that the parts are there comes last, and does not stay over others.
+    (folder / "parts.json").unlink(missing_ok=True)
     for name, lines in files.items():
         write_text(folder / f"{name}.jsonl", "".join(lines))
     counts = {name: len(lines) for name, lines in files.items()}

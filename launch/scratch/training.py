@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -55,6 +56,10 @@ class Learning:
             raise UserError(
                 f"learning: steps {self.steps} and batch_size {self.batch_size}; give 1 or more of both"
             )
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise UserError(
+                f"learning: lr {self.lr} and weight_decay {self.weight_decay}; give more than 0, and 0 or more"
+            )
         if not 0 <= self.token_dropout < 1:
             raise UserError(
                 f"learning.token_dropout: {self.token_dropout}; it should be from 0 up to below 1"
@@ -89,6 +94,12 @@ class Settings:
     seed: int = 0
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: {self.seed} is not possible; give 0 to {2**32 - 1}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads: {self.threads} is not possible; give 1 or more")
+
 
 def make_generator(settings: Settings, output: Path) -> dict[str, Any]:
     """Train a language model on the texts; returns what it was measured at: loss (nats a token) and perplexity."""
@@ -114,11 +125,18 @@ def make_classifier(settings: Settings, output: Path) -> dict[str, Any]:
     """
     known = read(settings.texts, labelled=True)
     learn, measure = _parted(known, settings.texts)
+    for text, label in known:
+        if not isinstance(label, str | int | float) or not str(label).strip():
+            raise UserError(
+                f"{settings.texts.path}: column {settings.texts.label!r} holds {str(label)[:40]!r} beside"
+                f" {text[:40]!r}; it should be a number or a word"
+            )
     names = sorted({str(label) for _, label in known})
     if len(names) < 2 or {str(label) for _, label in learn} != set(names):
+        told = ", ".join(names)[:100]
         raise UserError(
-            f"{settings.texts.path}: column {settings.texts.label!r} holds {', '.join(names)}; there should be two or"
-            " more labels, and texts of each to learn from"
+            f"{settings.texts.path}: column {settings.texts.label!r} holds {told}; there should be two or more labels,"
+            " and texts of each to learn from"
         )
     _begin(settings)
     tokenizer = tokenizer_of((text for text, _ in learn), settings.shape, lowercase=True)
@@ -231,7 +249,12 @@ def _train(
         # Only the losses of a language model are wanted, not its logits.
         trainer.args.prediction_loss_only = not labelled
         trainer.train()
-        return trainer.evaluate()
+        found = trainer.evaluate()
+    if not math.isfinite(found["eval_loss"]):
+        raise UserError(
+            f"learning.lr: {learning.lr} gave a loss of {found['eval_loss']}, and nothing is written; give a lower one"
+        )
+    return found
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
@@ -257,6 +280,12 @@ def _save(
     }
     tokenizer.backend_tokenizer.no_padding()
     with whole_folder(output) as folder:
-        model.cpu().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            model.cpu().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            # safetensors 0.8 and tokenizers 0.23 write in Rust, and say in words that the disk is full.
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), str(error)) from error
+            raise
         write_json(folder / CARD, card)

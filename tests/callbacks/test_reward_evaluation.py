@@ -136,6 +136,18 @@ def test_misconfigured(tmp_path: Path, tiny_llama: Path, settings: dict, match: 
         fit(trainer(tmp_path, RewardEvaluation(**given)), LanguageModule(tiny_llama), [1.0])
 
 
+def test_a_reward_that_fails_ends_the_run_with_a_line(tmp_path: Path, tiny_llama: Path) -> None:
+    def broken(prompts, completions) -> list[float]:  # type: ignore[no-untyped-def]
+        raise KeyError("gone")
+
+    with pytest.raises(UserError, match=r"broken: fails at '', the first of 3 prompts \(KeyError: 'gone'\)"):
+        fit(
+            trainer(tmp_path, RewardEvaluation(NoPrompt(3), {"broken": broken})),
+            LanguageModule(tiny_llama),
+            [1.0],
+        )
+
+
 def test_fit_has_it_where_prompts_are_given(tmp_path: Path, tiny_llama: Path) -> None:
     config = str(fit_config(tmp_path, tiny_llama))
     assert TandemCLI(["--config", config], "inspect").config.reward_evaluation.prompts is None

@@ -279,3 +279,12 @@ def test_refusals(two_models) -> None:  # type: ignore[no-untyped-def]
         "fails at 'The film', the first of 6 prompts .ZeroDivisionError: ",
         rewards={"zero": lambda prompts, completions: [1 / 0]},
     )
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tiny_gpt2) -> None:
+    policy = load_frozen(PolicyConfig(str(tiny_gpt2), adapter=None))
+    next(policy.parameters()).data.fill_(math.nan)
+    with pytest.raises(UserError, match="probabilities that are no numbers"):
+        evaluate_reward(
+            policy, load_tokenizer(str(tiny_gpt2)), PROMPTS, {"letters": letters}, sampling=SAMPLED
+        )

@@ -13,6 +13,7 @@ import yaml
 
 from launch.cli import COMMANDS, explain, main
 from tests.launch.helpers import ROOT, fit_config, tandem
+from trainer.data.lines import BrokenLine
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
@@ -195,3 +196,18 @@ def test_print_config_is_yaml_that_fit_reads(tmp_path, tiny_llama, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["trainer"]["max_steps"] == 7
     assert printed["data"]["init_args"]["source"]["init_args"]["texts"]["init_args"]["count"] == 200
+
+
+def test_every_kind_of_user_s_mistake_is_one_line():
+    assert explain(BrokenLine("x.jsonl:3: not valid JSON")) == "x.jsonl:3: not valid JSON"
+    read_only = OSError(errno.EROFS, "Read-only file system", "runs/x")
+    assert explain(read_only) == "runs/x: Read-only file system"
+    assert explain(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
+
+
+def test_a_broken_line_at_the_shell_is_one_line(tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\nno\n')
+    line = complaint(
+        ["pairs", "show", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "o")], capsys
+    )
+    assert "pairs.jsonl:2: not valid JSON" in line

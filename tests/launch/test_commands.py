@@ -249,7 +249,8 @@ def test_reports_of_one_run_and_of_several(trained, tmp_path, capsys):
     assert "--output DIR" in capsys.readouterr().err
 
 
-def test_a_look_at_data_tells_the_rows_that_are_left_out(config: Path, tmp_path: Path, capsys) -> None:
+def test_a_look_at_data_tells_the_rows_that_are_left_out(trained, tmp_path, capsys):
+    _, config = trained
     good = [json.dumps({"prompt": f"p{n}", "chosen": "c", "rejected": "r"}) for n in range(30)]
     lines = [good[0], *good, '{"prompt": "p", "chosen": null, "rejected": "r"}', "no JSON"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))

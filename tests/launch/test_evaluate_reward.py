@@ -177,3 +177,30 @@ def test_two_ranks_have_the_numbers_of_one(
     for name in ("entropy", "kl", "length"):
         assert two[name]["mean"] == pytest.approx(one[name]["mean"], rel=1e-4)
     assert two["rewards"]["reward"]["mean"] == pytest.approx(one["rewards"]["reward"]["mean"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--examples", "-1"], "examples: -1 where a whole number of 0 or more is needed"),
+        (["--batch_size", "0"], "batch_size: 0 where a whole number of 1 or more is needed"),
+        (["--base", ""], "--base: is empty; give a model, or leave it out"),
+        (["--output", "{folder}"], "is a folder; give a file in it"),
+        (["--output", "{folder}/texts.txt/r.json"], "texts.txt/r.json: cannot be written ("),
+        (["--output", "/proc/nowhere/r.json"], "/proc/nowhere/r.json: cannot be written ("),
+        (
+            ["--rewards", '{"r": {"class_path": "tests.pairs.rewards.Unmade"}}'],
+            "tests.pairs.rewards.Unmade: cannot be made (ZeroDivisionError: no letters)",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_sampled(
+    config, tiny_gpt2, tmp_path, capsys, more, message
+) -> None:
+    (tmp_path / "texts.txt").write_text("a file")
+    words = ["evaluate", "reward", "--config", str(config), "--base", str(tiny_gpt2)]
+    more = [word.format(folder=tmp_path) if word.startswith("{folder}") else word for word in more]
+    assert main([*words, "--output", str(tmp_path / "r.json"), *more]) == 2
+    told = capsys.readouterr().err
+    assert message in told.strip().splitlines()[-1]
+    assert "generating" not in told

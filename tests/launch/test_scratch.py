@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -291,3 +294,67 @@ def _read(kind: str, file: Path) -> None:
     parser = model_parser(kind)
     given = parser.instantiate(parser.parse_args(["--config", str(file), "--output", "x"]))
     assert given.learning.lengths(given.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--threads", "0"], "threads: 0 is not possible"),
+        (["--seed", "-1"], "seed: -1 is not possible; give 0 to 4294967295"),
+        (["--learning.lr", "-1"], "lr -1.0 and weight_decay"),
+        (["--learning.lr", "1e9"], "gave a loss of nan, and nothing is written; give a lower one"),
+    ],
+)
+def test_a_model_that_is_there_stays_where_another_cannot_be_made(
+    generator: Path, reviews: Path, tmp_path: Path, change: list[str], words: str, capsys
+) -> None:  # type: ignore[no-untyped-def]
+    there = tmp_path / "there"
+    shutil.copytree(generator, there)
+    given = ["scratch", "generator", "--texts.path", str(reviews), "--output", str(there)]
+    small = ["--shape.width", "32", "--shape.layers", "1", "--shape.positions", "32", "--learning.steps", "5"]
+    assert main([*given, *small, "--learning.shortest", "8", *change]) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (there / "model.safetensors").read_bytes() == (generator / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system(reviews: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match="not written, what was there before is untouched") as caught:
+            make_generator(settings(reviews, 1), tmp_path / "made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("label", [None, [1], {"a": 1}, " "])
+def test_labels_that_are_none(tmp_path: Path, label: object) -> None:
+    rows = [{"text": f"film {n}", "label": label if n == 7 else n % 2} for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="beside 'film 7'; it should be a number or a word"):
+        make_classifier(settings(tmp_path / "a.jsonl", 1), tmp_path / "reward")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
+def test_names_of_parts_stay_in_their_folder(reviews: Path, tmp_path: Path, name: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    output = tmp_path / "parts"
+    words = ["scratch", "parts", "--path", str(reviews), "--output", str(output)]
+    for more in (
+        ["--shares", json.dumps({name: 0.5, "b": 0.5})],
+        ["--shares", '{"a": 0.5, "b": 0.5}', "--join", json.dumps({name: ["a"]})],
+    ):
+        assert main([*words, *more]) == 2
+        assert f"part {name!r}: is to name a file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_says_that_parts_are_there_goes_before_they_do(reviews: Path, tmp_path: Path) -> None:
+    output = tmp_path / "parts"
+    write_parts(Texts(str(reviews)), {"a": 0.5, "b": 0.5}, output)
+    (output / "b.jsonl").unlink()
+    (output / "b.jsonl").mkdir()
+    with pytest.raises(OSError):
+        write_parts(Texts(str(reviews)), {"a": 0.5, "b": 0.5}, output)
+    assert not (output / "parts.json").exists()

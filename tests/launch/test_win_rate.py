@@ -210,7 +210,12 @@ def test_down_from_the_beginning(trained, tmp_path, capsys) -> None:
     [
         (("--judge", "no/such.gguf"), "judge.model: no/such.gguf is no file"),
         (("--judge", "no.such.Judge"), "judge"),
+        (("--judge", ""), "judge: "),
         (("--judge.n_ctx", "0"), "n_ctx: 0"),
+        (
+            ("--data.prompt_ends", "Nobody:"),
+            "data: the part test has no row (rows 80, dropped_prompts_differ 80)",
+        ),
         (("--prompt", "no_such.txt"), "--prompt no_such.txt"),
         (("--questions", "0"), "questions"),
         (("--split", "train"), "split"),

@@ -32,3 +32,14 @@ class Failing(CountReward):
         if any(self.at in prompt for prompt in prompts):
             raise KeyError(self.at)
         return super().__call__(prompts, completions)
+
+
+class Unmade(CountReward):
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        raise ZeroDivisionError("no letters")
+
+
+class Unfinished(Reward):
+    """Lacks `__call__`."""

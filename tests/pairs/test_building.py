@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.pairs.rewards import CountReward
 from trainer.generation import Sampling
@@ -144,7 +146,7 @@ def test_a_folder_without_rows_cannot_be_merged(tiny_gpt2, texts, tmp_path) -> N
         merge(builder(tiny_gpt2, texts), tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("text", ["3", "0/4", "5/4", "a/b", "1/0"])
+@pytest.mark.parametrize("text", ["3", "0/4", "5/4", "a/b", "1/0", "\u0663/\u0664"])
 def test_shards_that_cannot_be(text) -> None:
     with pytest.raises(UserError, match=r"should be such as 3/16"):
         Shard.parse(text)
@@ -183,3 +185,50 @@ def test_a_kill_between_leaves_no_manifest_of_other_files(
     with pytest.raises(KeyboardInterrupt):
         merge(builder(tiny_gpt2, texts), out)
     assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "prompts.jsonl",
+            '{"key": "a"',
+            r"prompts\.jsonl: holds no prompts; run the same `tandem pairs` again",
+        ),
+        ("prompts.jsonl", '{"kay": "a"}', r"prompts\.jsonl: holds no prompts"),
+        ("about.json", "{}", r"about\.json: says nothing of the builder"),
+        ("about.json", "[]", r"about\.json: says nothing of the builder"),
+        ("settings.json", "[]", r"settings\.json: holds no settings"),
+    ],
+)
+def test_a_folder_that_someone_broke_is_named(
+    tiny_gpt2, texts, tmp_path, whole, name, content, message
+) -> None:
+    out = tmp_path / "whole"
+    (out / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        merge(builder(tiny_gpt2, texts), out)
+    if name != "settings.json":
+        build(builder(tiny_gpt2, texts), out)
+        assert read(out) == whole
+
+
+def test_a_row_that_someone_changed_is_named(tiny_gpt2, texts, tmp_path, whole) -> None:
+    part = tmp_path / "whole" / "parts" / "1-of-1.0.jsonl"
+    first, *rest = part.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    del row["candidates"]
+    part.write_text("".join([json.dumps(row) + "\n", *rest]))
+    with pytest.raises(UserError, match=f"BestOfN: makes nothing of the row '{row['key']}' .KeyError"):
+        merge(builder(tiny_gpt2, texts), tmp_path / "whole")
+
+
+def test_a_model_of_broken_weights_is_named(tiny_gpt2, texts, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_gpt2, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(iter(weights))
+    weights[name][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"broken: its weights are broken \(.* holds what is no number\)"):
+        build(builder(broken, texts), tmp_path / "out")

@@ -103,6 +103,8 @@ def test_shards_and_the_names_of_those_that_miss(config, tmp_path, capsys) -> No
     [
         (["--shard", "4/3"], "--shard 4/3: should be such as 3/16"),
         (["--n", "1"], "BestOfN.n: 1 is not possible"),
+        (["--threads", "0"], "error: threads: 0 where a whole number of 1 or more is needed"),
+        (["--threads", "two"], "error: threads: 'two' where a whole number is needed"),
         (["--generator.base", "/nowhere"], "/nowhere is no folder"),
         (["--prompts.path", "/nowhere.txt"], "/nowhere.txt: no such file"),
         (["--candidates", "3"], "no such setting: --candidates"),
@@ -114,8 +116,47 @@ def test_mistakes_are_one_line(config, tmp_path, capsys, more, message) -> None:
     assert main(words(config, tmp_path / "out", *more)) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert message in told[-1]
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert main([*words(config, tmp_path / "out"), "--config", str(tmp_path / "list.yaml")]) == 2
+    assert "list.yaml: holds no settings; it should have lines such as" in capsys.readouterr().err
     assert main(["pairs", "best"]) == 2
     assert "did you mean best-of-n?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            {"class_path": "tests.pairs.rewards.Unmade"},
+            "tests.pairs.rewards.Unmade: cannot be made (ZeroDivisionError: no letters)",
+        ),
+        (
+            {"class_path": "tests.pairs.rewards.Unfinished"},
+            "reward: tests.pairs.rewards.Unfinished lacks a method that it has to have",
+        ),
+        (
+            {"class_path": "tests.pairs.rewards.Any"},
+            "reward: tests.pairs.rewards.Any is no subclass of Reward",
+        ),
+        ({"class_path": "nowhere_at_all.Any"}, "reward: No module named 'nowhere_at_all'"),
+        (
+            {"class_path": "trainer.rewards.Reward", "init_args": {"weight": 1}},
+            "reward: trainer.rewards.Reward lacks a method that it has to have",
+        ),
+        (
+            {"class_path": "tests.pairs.rewards.CountReward", "init_args": {"letter": "a"}},
+            "reward.letter: no such setting; did you mean `letters`?",
+        ),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_one_line(config, tmp_path, capsys, reward, message) -> None:
+    assert main(words(config, tmp_path / "out", "--reward", json.dumps(reward))) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"tandem: error: {message}"
+    assert not (tmp_path / "out").exists()
+    content = yaml.safe_load(config.read_text()) | {"reward": reward}
+    config.write_text(yaml.safe_dump(content))
+    assert main(words(config, tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
 
 
 SLOW = """

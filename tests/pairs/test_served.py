@@ -259,3 +259,11 @@ def test_what_ends_the_work_does_not_wait_for_other_attempts(server, texts, tmp_
     with pytest.raises(UserError, match="API key is wrong"):
         build(made, tmp_path / "out")
     assert time.monotonic() - begun < 5
+
+
+def test_half_a_character_in_a_refusal_does_not_stop_the_work(server, texts, tmp_path) -> None:
+    half = (400, b'{"error": {"message": "cannot read \\ud83d"}}')
+    server.behaviour = lambda body: half if body["seed"] % 4 == 0 else None
+    build(builder(server.url, texts), tmp_path / "out")
+    said = {each["invalid"] for each in candidates(tmp_path / "out") if "invalid" in each}
+    assert {each[-15:] for each in said} == {"(cannot read ?)"}

@@ -319,3 +319,10 @@ def test_a_quantized_base_is_refused(tiny_llama, tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"policy.base.*is quantized, which is not supported"):
         load_policy(PolicyConfig(str(folder)))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tiny_gpt2: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_gpt2, bare, ignore=shutil.ignore_patterns("token*", "special*", "vocab*", "merges*"))
+    with pytest.raises(UserError, match=f"policy.base: '{bare}' has no tokenizer"):
+        load_tokenizer(str(bare))

@@ -209,7 +209,7 @@ def test_mistakes_are_named(tmp_path, folder):
     )
     cases = (
         ([str(tmp_path)], "holds no pairs.jsonl"),
-        ([str(tmp_path / "a.jsonl")], "--output DIR is needed"),
+        ([str(tmp_path / "a.jsonl")], "give --output DIR, too"),
         (
             [str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")],
             r"row 2: holds the scores \('high', 2\)",

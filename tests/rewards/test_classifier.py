@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.building import build
@@ -155,6 +158,28 @@ def test_refusals_when_it_is_used(folder: Path, tiny_gpt2: Path, tmp_path: Path)
     assert len(ClassifierReward(str(single))(["a"], ["b"])) == 1
     with pytest.raises(UserError, match="no tokens"):
         ClassifierReward(str(single))([""], [""])
+
+
+def test_folders_whose_parts_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    def refused(match: str, name: str, *left_out: str, **config) -> None:  # type: ignore[no-untyped-def]
+        copy = tmp_path / name
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*left_out))
+        known = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(known | config))
+        with pytest.raises(UserError, match=f"^ClassifierReward.model: '{copy}' {match}"):
+            ClassifierReward(str(copy))(["a"], ["b"])
+
+    refused("has no tokenizer", "bare", "tokenizer*", "vocab*", "merges*", "special_tokens*")
+    refused(r"cannot be loaded \(its weights have other shapes", "narrow", dim=8, n_heads=1)
+    small = tmp_path / "small"
+    shutil.copytree(folder, small)
+    weights = load_file(small / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    save_file(weights | {name: weights[name][:9].clone()}, small / "model.safetensors", {"format": "pt"})
+    known = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(known | {"vocab_size": 9}))
+    with pytest.raises(UserError, match="has 9 embeddings, and its tokenizer gives ids up to"):
+        ClassifierReward(str(small))(["a"], ["b"])
 
 
 def test_a_score_that_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -119,6 +120,8 @@ def evaluate_reward(
     reward_models = {name: described(reward) for name, reward in rewards.items()}
     sampled = sample(model, tokenizer, prompts, sampling, samples, batch_size, progress)
     measured = measure(model, sampled.drawn, reference)
+    if not all(math.isfinite(each.entropy) for each in measured):
+        raise UserError("model: gives probabilities that are no numbers (nan); its weights are broken")
     scores = {name: score(reward, sampled) for name, reward in rewards.items()}
     tokens = [each.tokens for each in measured]
     divergences = [each.kl for each in measured if each.kl is not None]

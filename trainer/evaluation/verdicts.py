@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,7 @@ def judged(
         UserError: a prompt without its places, or a judge that cannot be asked at all.
     """
     check_prompt(prompt)
-    settings = {"judge": judge.describe(), "prompt": prompt}
+    settings = {"judge": _described(judge), "prompt": prompt}
     place = Path(folder) / name_of(settings)
     asked = {
         _key(each, order): (each, order)
@@ -139,7 +140,7 @@ def _ask(
         disable=not progress, mininterval=0.2 if terminal else 10.0,
     ) as bar:  # fmt: skip
         try:
-            for choices in judge.choose(questions):
+            for choices in _choices(judge, questions):
                 # What got no answer is asked again by the next run.
                 ledger.add(_rows([choice for choice in choices if choice.answered], asked))
                 bar.update(len(choices))
@@ -149,6 +150,39 @@ def _ask(
             kept = f"{len(ledger.rows):,} verdicts are kept in {ledger.folder}; the same command goes on"
             raise KeyboardInterrupt(kept) from stop
     return None
+
+
+def _choices(judge: Judge, questions: Sequence[Question]) -> Iterator[list[Choice]]:
+    """What the judge says. Whatever goes wrong in it is a `UserError`: what it said before is kept."""
+    name, asked, said = type(judge).__qualname__, {question.key for question in questions}, 0
+    try:
+        for choices in judge.choose(questions):
+            if strange := next((each.key for each in choices if each.key not in asked), None):
+                raise UserError(f"{name}: answers the question {strange!r}, which it was not asked")
+            json.dumps([each.probabilities for each in choices], allow_nan=False)
+            said += len(choices)
+            yield choices
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: fails after {said:,} answers, which are kept ({_told(error)})") from error
+
+
+def _described(judge: Judge) -> dict[str, Any]:
+    try:
+        found = judge.describe()
+        json.dumps(found)
+    except UserError:
+        raise
+    except Exception as error:
+        name = type(judge).__qualname__
+        raise UserError(f"{name}.describe: fails ({_told(error)}); it should give plain JSON") from error
+    return found
+
+
+def _told(error: Exception) -> str:
+    """An error's type and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _rows(choices: Sequence[Choice], asked: dict[str, tuple[Comparison, bool]]) -> Iterator[dict[str, Any]]:

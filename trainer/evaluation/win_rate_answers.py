@@ -71,7 +71,8 @@ def select_dialogues(
             break
     if not found:
         told = (
-            f"all {len(overlong)} are longer than the {room} tokens that the model has room for"
+            f"all {len(overlong)} are longer than the {max(room or 0, 0)} tokens that the model has room for beside an"
+            " answer"
             if overlong
             else ""
         )

@@ -51,7 +51,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """`3/16`. Raises `UserError` for anything else."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             raise UserError(f"--shard {text}: should be such as 3/16: the third of sixteen, counted from 1")
         return cls(int(found[1]), int(found[2]))
@@ -154,13 +154,13 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
     """
     output = Path(output)
     about, follows = read_about(output), read_json(output / "settings.json")
-    prompts = [Prompt(row["key"], row["prompt"]) for row in _read(output / PROMPTS)]
+    prompts = _prompts_of(output / PROMPTS)
     ledger = Ledger(output, follows)
     if absent := set(ledger.missing(prompt.key for prompt in prompts)):
         raise UserError(f"{output}: {_absent(output, prompts, absent)}; run them again")
     rows = [ledger.rows[prompt.key] for prompt in prompts]
     counts: Counter[str] = Counter(prompts=len(rows), candidates=0, kept=0)
-    pairs = [(row, builder.pair(row, counts)) for row in rows]
+    pairs = [(row, _paired(builder, row, counts)) for row in rows]
     kept = [(row, pair) for row, pair in pairs if pair is not None]
     counts.update(kept=len(kept), candidates=sum(len(row["candidates"]) for row in rows))
     texts = {
@@ -195,6 +195,8 @@ def read_about(output: Path) -> dict[str, Any]:
     if not (output / ABOUT).is_file():
         raise UserError(f"{output}: holds no pairs that were begun (no {ABOUT}); run `tandem pairs` first")
     about: dict[str, Any] = read_json(output / ABOUT)
+    if not isinstance(about, dict) or "settings" not in about:
+        raise UserError(f"{output / ABOUT}: says nothing of the builder; run the same `tandem pairs` again")
     return about
 
 
@@ -280,8 +282,22 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _prompts_of(path: Path) -> list[Prompt]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [Prompt(row["key"], row["prompt"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no prompts; run the same `tandem pairs` again") from error
+
+
+def _paired(builder: PairBuilder, row: Row, counts: Counter[str]) -> Pair | None:
+    try:
+        return builder.pair(row, counts)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{type(builder).__qualname__}: makes nothing of the row {row['key']!r}"
+            f" ({type(error).__name__}: {error}); if someone changed it, remove its line in parts/"
+        ) from error
 
 
 # --- ranks --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -153,7 +154,13 @@ class LocalGenerator(Generator):
     @functools.cached_property
     def _model(self) -> Any:
         device = device_named(self.device, "LocalGenerator.device:")  # before weights are loaded for nothing
-        return load_frozen(self._policy).to(device)  # type: ignore[arg-type]
+        model = load_frozen(self._policy).to(device)  # type: ignore[arg-type]
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight.sum(dtype=torch.float32)):
+                raise UserError(
+                    f"{self.adapter or self.base}: its weights are broken ({name} holds what is no number)"
+                )
+        return model
 
 
 def _whole(text: str, finished: bool) -> str:

@@ -129,8 +129,7 @@ class ServerGenerator(Generator):
     def _continuation(self, answer: Answer | str) -> Continuation:
         if isinstance(answer, str):
             return Continuation("", 0, False, invalid=answer)
-        # JSON can hold half a character (a lone surrogate), a file of UTF-8 cannot.
-        text, finished = answer["text"].encode("utf-8", "replace").decode(), answer["finish_reason"] == "stop"
+        text, finished = answer["text"], answer["finish_reason"] == "stop"
         return Continuation(text if finished else text.rstrip("\ufffd"), self._count(text), finished)
 
     def _count(self, text: str) -> int:

@@ -225,6 +225,8 @@ def load_tokenizer(
         raise UserError(
             f"policy.base: '{base}' has no tokenizer that can be loaded ({first_line(error)})"
         ) from error
+    if not has_words(tokenizer):
+        raise UserError(f"policy.base: '{base}' has no tokenizer; put its tokenizer.json there")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"policy.base: the tokenizer of '{base}' has no EOS token; "
@@ -233,6 +235,11 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer knows more than its special tokens: transformers makes one without files, too."""
+    return bool(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
 
 
 def base_fingerprint(base: str, revision: str | None = None, offline: bool = False) -> dict[str, Any]:

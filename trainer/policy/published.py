@@ -52,10 +52,9 @@ def read_published(path: Path, policy: PeftModel, adapter: str = POLICY) -> dict
 def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: refused, it is not a file of plain tensors ({str(error).splitlines()[0][:120]})"
-        ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: refused, it is not a file of plain tensors ({told})") from error
     if (
         isinstance(content, dict)
         and len(content) == 1

@@ -113,6 +113,8 @@ def pairs_of_folder(folder: str | Path) -> Summary:
             f"{folder}: holds no {PAIRS}; give a folder that `tandem pairs` merged, or a file of preferences"
         )
     made = read_json(manifest) if manifest.is_file() else {}
+    if not isinstance(made, dict):
+        raise UserError(f"{manifest}: is no manifest; run `tandem pairs merge`")
     there = pairs.is_file() and pairs.stat().st_size > 0
     found = _summary(folder.resolve().name, Pairs(str(pairs), offline=True) if there else None)
     counts = found["counts"] if there else {"kept": 0}

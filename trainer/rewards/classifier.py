@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from trainer.policy.adapters import first_line
-from trainer.policy.base import base_fingerprint, check_name, hub_commit
+from trainer.policy.base import base_fingerprint, check_name, has_words, hub_commit
 from trainer.policy.devices import check_device, device_named
 from trainer.rewards import Reward
 from trainer.schema import UserError
@@ -135,6 +135,8 @@ class ClassifierReward(Reward):
     def _config(self) -> Any:
         try:
             config = AutoConfig.from_pretrained(self.model, **self._settings)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"ClassifierReward.model: '{self.model}' cannot be loaded ({first_line(error)})"
@@ -160,14 +162,29 @@ class ClassifierReward(Reward):
                 output_loading_info=True,
                 **settings,
             )
-        except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"ClassifierReward.model: '{self.model}' cannot be loaded ({first_line(error)})"
-            ) from error
+        except UserError:
+            raise
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+            told = (
+                "its weights have other shapes than its config.json says"
+                if "ignore_mismatched_sizes" in str(error)
+                else f"{type(error).__name__}: {first_line(error)}"
+            )
+            raise UserError(f"ClassifierReward.model: '{self.model}' cannot be loaded ({told})") from error
         # transformers fills what is missing with random numbers: a language model has no classifier.
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"ClassifierReward.model: '{self.model}' is no sequence classifier (it lacks {missing[0]})"
+            )
+        if not has_words(tokenizer):
+            raise UserError(
+                f"ClassifierReward.model: '{self.model}' has no tokenizer; put its tokenizer.json there"
+            )
+        rows = model.get_input_embeddings().weight.shape[0]
+        if (last := max(tokenizer.get_vocab().values())) >= rows:
+            raise UserError(
+                f"ClassifierReward.model: '{self.model}' has {rows:,} embeddings, and its tokenizer gives ids up to"
+                f" {last:,}; put the model's own tokenizer there"
             )
         encode = _Encoder(tokenizer, self)
         if model.config.pad_token_id is None:
