@@ -27,6 +27,14 @@ _WARNINGS = (
     "`isinstance.treespec, LeafSpec.` is deprecated.*",
 )
 
+_NEEDLESS = (
+    # Rows say by their segments, or by scored positions, what belongs together.
+    "We strongly recommend passing in an `attention_mask`",
+    # transformers 5.23 says so of its own default.
+    "`loss_type=None` was set in the config",
+)
+"""What transformers logs, and no user can do anything about."""
+
 
 def quiet() -> None:
     """Call once, before the work begins."""
@@ -39,7 +47,12 @@ def quiet() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_needed)
     threading.excepthook = _of_a_thread
+
+
+def _needed(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_NEEDLESS)
 
 
 def _of_a_thread(fault: threading.ExceptHookArgs) -> None:
