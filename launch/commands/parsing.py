@@ -6,12 +6,15 @@ import argparse
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from trainer.schema import UserError
+
+_LLAMA, _SCORED = "trainer.judges.llamacpp.LlamaCppJudge", "trainer.judges.scored.TransformersJudge"
 
 
 class Kind(NamedTuple):
@@ -60,6 +63,22 @@ def instantiated(parser: ArgumentParser, given: Namespace) -> Namespace:
         return parser.instantiate(given)
     except ArgumentError as error:
         raise user_error_in(error) or UserError(describe(error)) from error
+
+
+def with_judge(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--judge FILE.gguf` and `--judge FOLDER` as the class that can run it."""
+    out: list[str] = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if flag == "--judge" and equals:
+            out += [flag, value]
+        else:
+            out.append(word)
+    for place, word in reversed(list(enumerate(out))):
+        if place and out[place - 1] == "--judge":
+            kind = _LLAMA if word.lower().endswith(".gguf") else _SCORED if Path(word).is_dir() else None
+            out[place : place + 1] = [kind, "--judge.model", word] if kind else [word]
+    return out
 
 
 class Formatter(argparse.HelpFormatter):

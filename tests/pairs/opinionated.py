@@ -10,17 +10,27 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, config
 
 GEMMA2_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 """Gemma 2's own, as its tokenizer has it."""
 
-ANSWERS = ("Париж", "Это город Лион, он стоит на Роне", "It is Rome", "Море, горы и леса", "Так бывает каждый год весной")
-OPENINGS = tuple(opening for each in ANSWERS for opening in (f'{{"answer": "{each}", "estimate": ', f"{each}, "))
+ANSWERS = (
+    "Париж",
+    "Это город Лион, он стоит на Роне",
+    "It is Rome",
+    "Море, горы и леса",
+    "Так бывает каждый год весной",
+)
+OPENINGS = tuple(
+    opening for each in ANSWERS for opening in (f'{{"answer": "{each}", "estimate": ', f"{each}, ")
+)
 NONSENSE = "Не знаю"
 _OTHER, _OPENED, _SCORED, _CLOSED = range(1, 5)
 
@@ -51,7 +61,12 @@ def make(family: str, folder: Path, form: str = "json", seed: int = 0) -> Path:
     ids = tokenizer.get_vocab()
     openings = [ids[each] for each in OPENINGS if (each[0] == "{") == (form == "json")]
     digits, close, end = [ids[digit] for digit in "12345"], ids["}"], tokenizer.eos_token_id
-    kinds = {**dict.fromkeys(openings, _OPENED), **dict.fromkeys(digits, _SCORED), close: _CLOSED, ids[NONSENSE]: _SCORED}
+    kinds = {
+        **dict.fromkeys(openings, _OPENED),
+        **dict.fromkeys(digits, _SCORED),
+        close: _CLOSED,
+        ids[NONSENSE]: _SCORED,
+    }
     allowed = {
         _OTHER: [*openings, ids[NONSENSE]],
         _OPENED: digits,

@@ -302,9 +302,9 @@ _AT_THE_END = re.compile(
 _IN_THE_MIDDLE = re.compile(rf"[,;]\s*[*_`]*{_VALUE}", re.IGNORECASE)
 _ANSWER_LABEL = re.compile(r"[\s*_`#>]*(?:ответ|answer)[*_`]*\s*:[\s*_`]*", re.IGNORECASE)
 _COMMENT = re.compile(
-    r"[\s*_`.,;:!—–-]*(?:\([^()]*\)[\s.]*\Z|\Z|(?:(?:по|объ)яснени|комментари|обосновани|потому что|так как"
-    r"|поскольку|надеюсь|(?:мой |данный |этот )?ответ\b|explanation|justification|reason|because|comment|note\b|i hope|hope|let me know"
-    r"|(?:the|this|my) answer\b))",
+    r"[\s*_`.,;:!—–-]*(?:\([^()]*\)[\s.]*\Z|\Z|(?:по|объ)яснени|комментари|обосновани|потому что|так как|поскольку"
+    r"|надеюсь|(?:мой |данный |этот )?ответ\b|explanation|justification|reason|because|comment|note\b|i hope|hope"
+    r"|let me know|(?:the|this|my) answer\b)",
     re.IGNORECASE,
 )
 _OTHER_NUMBER = re.compile(rf"(?:[,;:|]\s*|\n\s*|\s(?:и|and)\s+)(?:{_SAID})\Z", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Whether a model's scores of itself can be trusted: ties, agreement with themselves and with others, length, language."""
+"""Whether a model's scores of itself can be trusted: ties, agreement with themselves and others, length, language."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _unread(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
-    """Prompts whose answers all have one score, and how many pairs of different answers of a prompt have the same."""
+    """Prompts whose answers all have one score; and of a prompt's different answers, two by two, how many have one."""
     texts = [
         list(
             {
@@ -127,13 +127,14 @@ def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, A
         for row in rows
     ]
     comparable = [scores for scores in texts if len(scores) > 1]
-    couples = [a == b for scores in comparable for a, b in itertools.combinations(scores, 2)]
+    couples = [couple for scores in comparable for couple in itertools.combinations(scores, 2)]
     tied = sum(len(set(scores)) == 1 for scores in comparable)
     return {
         "prompts": tied,
         "of": len(comparable),
         "share": tied / len(comparable) if comparable else None,
-        "answer_pairs": _share(couples),
+        "answer_pairs": _share(a == b for a, b in couples),
+        "answer_pairs_rounded": _share(_rounded(a) == _rounded(b) for a, b in couples),
     }
 
 
