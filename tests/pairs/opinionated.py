@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, config
@@ -83,3 +84,28 @@ def make(family: str, folder: Path, form: str = "json", seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+CRITERIA = {"brevity": "Brevity", "clarity": "Clarity"}
+_TEXTS = {
+    "answer": "Answer: {instruction}",
+    "plain": "Answer, then a score by\n{criteria}\n{instruction}",
+    "json": 'As {"answer": "...", "estimate": 1}, by\n{criteria}\n{instruction}',
+    "one": "{instruction} -> {answer}\n{criterion}: {description} 1 to 5?",
+    "two": "How is {answer} to {instruction} by {criterion} ({description}) from 1 to 5?",
+}
+
+
+def short_rubric(folder: Path, language: str = "ru") -> Path:
+    """A rubric with few words, two criteria and two wordings: what it asks is soon computed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in _TEXTS.items():
+        (folder / f"{name}.txt").write_text(text)
+    content = {
+        "language": language,
+        "criteria": {key: {"name": name, "asks": f"is it {key}?"} for key, name in CRITERIA.items()},
+        "prompts": {name: f"{name}.txt" for name in ("answer", "plain", "json")}
+        | {"score": ["one.txt", "two.txt"]},
+    }
+    (folder / "rubric.yaml").write_text(yaml.safe_dump(content))
+    return folder / "rubric.yaml"

@@ -55,7 +55,7 @@ def _by_criterion(judging: Mapping[str, Any], key: str) -> Picture:
                 axes.plot([end], [place], marker="o", markersize=7, color=_COLORS[side])
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.margins(x=0.08)
+        axes.set_xlim(0.9, 5.1)  # the whole scale: how little scores differ is to be seen
 
     legend = [(side, variable(_COLORS[side])) for side in ("chosen", "rejected")]
     return Picture(title, note, drawn(plot, title, note, key), legend)

@@ -156,7 +156,8 @@ def _other(other: Mapping[str, Any]) -> str:
 def _compared(each: Mapping[str, Any]) -> str:
     confirmed = each["pairs_confirmed"]
     told = f"Spearman {number(each['spearman'])}, {number(each['mean_absolute_difference'])} points apart on average"
-    told += f", the same mark for {_percent(each['same_rounded'])}; {_percent(confirmed)} of the pairs in the same order"
+    told += f", the same mark for {_percent(each['same_rounded'])}"
+    told += f"; {_percent(confirmed)} of the pairs in the same order"
     return told + (": hardly more than chance." if confirmed is not None and confirmed < _AGREES else ".")
 
 
