@@ -9,11 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.judges.servers import chat as answered
 from tests.judges.servers import serving
 from tests.pairs.opinionated import make, tokenizer_of
+from tests.pairs.rewards import CountReward
 from trainer.data.chat import render, render_prompt
-from trainer.data.tokenize import tokenize_prompt
+from trainer.data.preferences import PreferenceFile
+from trainer.data.tokenize import tokenize_preferences, tokenize_prompt
 from trainer.generation import Sampling
+from trainer.pairs.best_of_n import BestOfN
+from trainer.pairs.building import build
 from trainer.pairs.continuations import LocalGenerator
-from trainer.pairs.prompts import Prompt
+from trainer.pairs.prompts import Prompt, TextPrompts
 from trainer.pairs.served import ServerGenerator
 from trainer.schema import UserError
 
@@ -86,6 +90,26 @@ def test_a_chat_is_another_generator_and_plain_text_the_one_it_was(tmp_path) -> 
     plain, chat = LocalGenerator(folder), LocalGenerator(folder, chat=True)
     assert set(plain.describe()) == {"class", "base", "adapter", "dtype"}
     assert chat.describe() == plain.describe() | {"chat": True, "system": None}
+
+
+def test_pairs_of_a_chat_are_trained_as_they_were_generated(tmp_path) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(f"Назови город {number}" for number in range(4)))
+    folder = str(make("gemma2", tmp_path / "gemma2", "plain"))
+    generator = LocalGenerator(folder, chat=True, system="Кратко.")
+    prompts = TextPrompts(str(tmp_path / "list.txt"), tokens=None, part="all")
+    build(BestOfN(generator, prompts, CountReward("ои"), 4, Sampling(12, True)), tmp_path / "out")
+    loaded = PreferenceFile(str(tmp_path / "out" / "pairs.jsonl"), validation_fraction=0.0).load("train")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = {f"Назови город {number}" for number in range(4)}
+    for record, tokens in zip(loaded.records, tokenize_preferences(loaded.records, tokenizer), strict=True):
+        assert [turn["role"] for turn in record.prompt] == ["system", "user"]
+        assert record.prompt[1]["content"] in asked
+        assert tokens.prompt == tokenize_prompt(record.prompt, tokenizer)
+        assert tokens.prompt == tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Кратко.\n\n{record.prompt[1]['content']}"}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
 
 
 def test_a_server_is_asked_for_a_chat() -> None:

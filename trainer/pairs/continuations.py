@@ -191,6 +191,12 @@ def chat_turns(text: str, system: str | None) -> list[Message]:
     return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
+def as_chat(pair: dict[str, Any], system: str | None = None) -> dict[str, Any]:
+    """A row of `pairs.jsonl` with prompt, chosen and rejected as turns, as they were generated."""
+    answers = {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
+    return pair | {"prompt": chat_turns(pair["prompt"], system)} | answers
+
+
 def check_system(chat: bool, system: str | None, name: str) -> None:
     """Raise `UserError` for a system text that has no effect."""
     if system is not None and not chat:

@@ -46,7 +46,8 @@ def rescore(
             raise UserError(f"{folder}: holds no {name}; give a folder that `tandem pairs` merged")
     rows, pairs = _lines(folder / CANDIDATES), _lines(folder / PAIRS)
     settings = {
-        "judge": judge.describe(),
+        # Where a server stands makes no other scores.
+        "judge": {name: value for name, value in judge.describe().items() if name != "url"},
         "rubric": rubric.describe(),
         "candidates": sha256_file(folder / CANDIDATES),
     }

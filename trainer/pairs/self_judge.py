@@ -22,7 +22,7 @@ from trainer.ledger import Row
 from trainer.pairs.best_of_n import choose
 from trainer.pairs.building import Pair, PairBuilder
 from trainer.pairs.candidates import CandidateFile
-from trainer.pairs.continuations import Continuation, Generator
+from trainer.pairs.continuations import Continuation, Generator, as_chat
 from trainer.pairs.estimates import Estimate, Form, Unreadable, read_estimate
 from trainer.pairs.judging import findings
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
@@ -224,10 +224,7 @@ class SelfJudge(PairBuilder):
     @override
     def pair_row(self, row: Row, pair: Pair) -> dict[str, Any]:
         """Prompt and answers as the turns of a chat, with the scores that the pair follows from."""
-        made = super().pair_row(row, pair)
-        made["prompt"] = [{"role": "user", "content": made["prompt"]}]
-        for name in ("chosen", "rejected"):
-            made[name] = [{"role": "assistant", "content": made[name]}]
+        made = as_chat(super().pair_row(row, pair))
         scores = {"chosen_scores": pair.chosen["scores"], "rejected_scores": pair.rejected["scores"]}
         return made | scores | {"way": self.way}
 

@@ -23,6 +23,8 @@ _PANELS = (
 )
 # All candidates lie behind, in the ink of the axes.
 _COLORS = {"chosen": SERIES[0], "rejected": SERIES[1], "margin": SERIES[0], "candidates": INK}
+_LONGEST = 24
+"""Characters of a criterion's name beside its line."""
 
 
 def draw_pairs(summary: Mapping[str, Any], key: str = "pairs") -> list[Picture]:
@@ -42,9 +44,7 @@ def _by_criterion(judging: Mapping[str, Any], key: str) -> Picture:
     """The mean scores of chosen and rejected by each criterion, on one line each."""
     title, note = "Criteria", "mean score of the chosen and of the rejected by each criterion"
     criteria, names = judging["criteria"], judging.get("names") or {}
-    # A dollar would begin a formula.
-    told = {name: readable(names.get(name, name)).replace("$", r"\$") for name in criteria}
-    rows = [(told[name], each) for name, each in criteria.items() if _both(each)]
+    rows = [(_tick(names.get(name, name)), each) for name, each in criteria.items() if _both(each)]
 
     def plot(axes: Any) -> None:
         style(axes, "score")
@@ -59,6 +59,12 @@ def _by_criterion(judging: Mapping[str, Any], key: str) -> Picture:
 
     legend = [(side, variable(_COLORS[side])) for side in ("chosen", "rejected")]
     return Picture(title, note, drawn(plot, title, note, key), legend)
+
+
+def _tick(name: str) -> str:
+    """A name that leaves room for the picture; a dollar would begin a formula."""
+    told = " ".join(readable(name).split())
+    return (told if len(told) <= _LONGEST else told[: _LONGEST - 1] + "…").replace("$", r"\$")
 
 
 def _both(each: Mapping[str, Any]) -> bool:
