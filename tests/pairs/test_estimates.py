@@ -50,6 +50,7 @@ READ_JSON = {
     '{"answer": "Париж", "estimate": [4]}': ("Париж", 4),
     '{"answer": "Париж", "estimate": "[4]"}': ("Париж", 4),
     '{"answer": "Париж", "estimate": "4 балла"}': ("Париж", 4),
+    '{"answer": "Париж", "estimate": "4 (кратко и верно)"}': ("Париж", 4),
     # keys in another language, or case, and further ones
     '{"ответ": "Париж", "оценка": 5}': ("Париж", 5),
     '{"Answer": "Paris", "Score": 5}': ("Paris", 5),
@@ -108,6 +109,7 @@ UNREAD_JSON = {
     '{"answer": "Париж", "estimate": "4-5"}': "several_scores",
     '{"answer": "Париж", "estimate": "4 или 5"}': "several_scores",
     '{"answer": "Париж", "estimate": [4, 5]}': "several_scores",
+    '{"answer": "Париж", "estimate": "4 (или 5)"}': "several_scores",
     '{"answer": "Париж", "estimate": []}': "no_score",
     '{"answer": "Париж", "estimate": {"Краткость": 5}}': "missing_criteria",
     '{"answer": "Париж", "estimate": 5, "estimate": 4}': "several_scores",
@@ -179,6 +181,10 @@ READ_PLAIN = {
     "```\nПариж, 5\n```": ("Париж", 5),
     "В 2005 году там жило 3 человека. Оценка: 4": ("В 2005 году там жило 3 человека.", 4),
     '{"answer": "Париж", "estimate": 5}': ("Париж", 5),
+    "Париж.\nКраткость: 5, Полезность: 4, Точность: 5, Ясность: 4, Лаконичность: 5\nОбщая оценка: 4,6": (
+        "Париж.",
+        4.6,
+    ),
     "int x = {1};\n\nОценка: 3": ("int x = {1};", 3),
 }
 
@@ -217,6 +223,8 @@ UNREAD_PLAIN = {
     "Париж ★★★★☆": "no_score",
     "Paris, NaN": "no_score",
     "Paris, five-star hotel": "no_score",
+    "Отель Хилтон, 5 звёзд": "score_in_the_middle",
+    "Париж.\nКраткость: 5, Полезность: 5, Точность: 5, Ясность: 5, Лаконичность: 5\nОценка: 2": "several_scores",
     "Краткость: 5\nПолезность: 4": "missing_criteria",
     "Париж.\nКраткость: 5": "missing_criteria",
 }

@@ -84,7 +84,8 @@ def _read(said: str, form: Form, criteria: Sequence[str], finished: bool) -> Est
     else:
         if not finished:
             raise _No("cut")
-        found = _plain(_without_fence(text), criteria, labelled=form == "json")
+        fenced = _FENCED.fullmatch(text)
+        found = _plain(fenced[1].strip() if fenced else text, criteria, labelled=form == "json")
         repairs += ["other_form"] if form == "json" else []
     return dataclasses.replace(found, repairs=(*repairs, *found.repairs))
 
@@ -101,7 +102,7 @@ _WORDS = {
 _DIGITS = r"[0-9]{1,9}(?:[.,][0-9]{1,9})?"
 _SAID = rf"(?:[-−]?{_DIGITS}|{'|'.join(_WORDS)})"
 _SCALE = rf"(?:\s?/\s?|\s+(?:из|out\s+of|of)\s+)(?:{_DIGITS}|пяти|десяти|five|ten)"
-_UNIT = r"\s*(?:балл(?:а|ов|ы)?|points?|stars?|зв[её]зд[аы]?)"
+_UNIT = r"\s*(?:балл(?:а|ов|ы)?|points?)"
 # No digit or letter goes on behind it, nor a percent sign, a range or half a point.
 _VALUE = (
     rf"(?P<said>{_SAID})(?P<scale>{_SCALE})?(?P<unit>{_UNIT})?"
@@ -111,7 +112,9 @@ _MARKS = r"[\s*_`~\"'«»“”\[\]()<>]*"
 _KIND = r"(?:(?:итоговая|средняя|общая|моя|final|overall|average|my)\s+)?"
 _RANGE = r"(?:\s*\(?(?:от\s+|from\s+|по\s+шкале\s+от\s+)?1\s*(?:-|–|до|to)\s*5\)?)?"
 _LABEL = rf"{_KIND}(?:(?:само)?оценка(?:\s+ответа)?|балл|score|estimate|rating|grade){_RANGE}"
-_ALONE = re.compile(rf"{_MARKS}(?:{_LABEL}\s*[:=—–]\s*)?{_VALUE}{_MARKS}[.;!,]?{_MARKS}", re.IGNORECASE)
+_ALONE = re.compile(
+    rf"{_MARKS}(?:{_LABEL}\s*[:=—–]\s*)?{_VALUE}{_MARKS}[.;!,]?{_MARKS}(?:\([^()0-9]*\))?", re.IGNORECASE
+)
 
 
 def _score(found: re.Match[str]) -> tuple[float, list[str]]:
@@ -299,6 +302,7 @@ _AT_THE_END = re.compile(
     rf"(?P<before>\s*[,;|]\s*|(?<=[.!?…»”\"*_`)])\s+|\s*\n\s*|\s+[—–-]\s+|\s*\()[*_`\"'«“\[]*{_VALUE}{_MARKS}[.;!]?{_MARKS}\Z",
     re.IGNORECASE,
 )
+_FENCED = re.compile(r"```[\w-]*\n((?:(?!```).)*)```", re.DOTALL)
 _IN_THE_MIDDLE = re.compile(rf"[,;]\s*[*_`]*{_VALUE}", re.IGNORECASE)
 _ANSWER_LABEL = re.compile(r"[\s*_`#>]*(?:ответ|answer)[*_`]*\s*:[\s*_`]*", re.IGNORECASE)
 _COMMENT = re.compile(
@@ -310,24 +314,21 @@ _COMMENT = re.compile(
 _OTHER_NUMBER = re.compile(rf"(?:[,;:|]\s*|\n\s*|\s(?:и|and)\s+)(?:{_SAID})\Z", re.IGNORECASE)
 
 
-def _without_fence(text: str) -> str:
-    found = re.fullmatch(r"```[\w-]*\n(.*?)\n?```", text, re.DOTALL)
-    return found[1].strip() if found and "```" not in found[1] else text
-
-
 def _plain(text: str, criteria: Sequence[str], labelled: bool) -> Estimate:
     """An answer and the score behind it; `labelled`: only a score that is called one."""
     marks = list(_LABELLED.finditer(text))
-    by_criterion = _criteria(text, criteria)
-    if len(marks) + (by_criterion is not None) > 1:
+    if len(marks) > 1:
         raise _No("several_scores")
+    by_criterion = _criteria(text[: marks[0].start()] if marks else text, criteria)
     if by_criterion is not None:
-        return by_criterion
+        return _also_whole(by_criterion, text, marks[0]) if marks else by_criterion
     if marks:
         return _by_label(text, marks[0])
     found = None if labelled else _AT_THE_END.search(text)
     if found is None:
-        raise _No(_why_none(text))
+        if _ALONE.fullmatch(text):
+            raise _No("no_answer")
+        raise _No("score_in_the_middle" if _IN_THE_MIDDLE.search(text) else "no_score")
     return _by_place(text, found)
 
 
@@ -345,6 +346,15 @@ def _by_label(text: str, found: re.Match[str]) -> Estimate:
     if not _COMMENT.match(rest):
         raise _No("score_in_the_middle")
     return _made(before, score, ["label", *(["words_around"] if _says(rest) else []), *repairs])
+
+
+def _also_whole(by_criterion: Estimate, text: str, found: re.Match[str]) -> Estimate:
+    """A score of the whole behind those by criterion: it was asked for, and stands if it is their mean, rounded."""
+    score, repairs = _score(found)
+    off = abs(score - sum(by_criterion.scores) / len(by_criterion.scores))
+    if off > 0.5 or not _COMMENT.match(text[found.end() :]):
+        raise _No("several_scores")
+    return Estimate(by_criterion.answer, (score,), ("label", *by_criterion.repairs, *repairs))
 
 
 def _by_place(text: str, found: re.Match[str]) -> Estimate:
@@ -386,9 +396,3 @@ def _criteria(text: str, criteria: Sequence[str]) -> Estimate | None:
     made = _made(text[: min(each.start() for each in ends)].rstrip(" \n|(*-_"), 1.0, [])
     repairs = dict.fromkeys(["criteria", *made.repairs, *(repair for _, some in scores for repair in some)])
     return Estimate(made.answer, tuple(score for score, _ in scores), tuple(repairs))
-
-
-def _why_none(text: str) -> str:
-    if _ALONE.fullmatch(text):
-        return "no_answer"
-    return "score_in_the_middle" if _IN_THE_MIDDLE.search(text) else "no_score"
