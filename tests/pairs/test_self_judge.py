@@ -21,7 +21,7 @@ from trainer.pairs.building import Shard, build, merge
 from trainer.pairs.candidates import CandidateFile
 from trainer.pairs.continuations import LocalGenerator
 from trainer.pairs.instructions import InstructionPrompts
-from trainer.pairs.rubric import Rubric
+from trainer.pairs.rubric import RUBRIC, Rubric
 from trainer.pairs.self_judge import SelfJudge
 from trainer.pairs.served import ServerGenerator
 from trainer.report.pairs import pairs_of_folder
@@ -232,6 +232,46 @@ def test_a_server_answers_and_scores(place, tmp_path) -> None:
     assert built.manifest["judging"]["language"] == {
         "wanted": "en", "threshold": 0.5, "answers": 48, "without_letters": 0, "other": 0, "share": 0.0,
     }  # fmt: skip
+
+
+def test_a_score_for_each_criterion_in_one_go(place, tmp_path) -> None:
+    """A model that scores each criterion where one score was asked for: the label is their mean."""
+
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, Any]:
+        city, scores = ("Рим", [5, 4]) if body["seed"] % 2 else ("Лион", [1, 2])
+        return 200, answered(json.dumps({"answer": city, "estimate": scores}, ensure_ascii=False))
+
+    with serving(answer) as asked:
+        prompts = InstructionPrompts(str(place / "list.txt"), where={}, part="all")
+        rubric = str(place / "rubric" / "rubric.yaml")
+        made = SelfJudge(ServerGenerator(asked.url, "some", chat=True), prompts, rubric, "together", n=6)
+        built = build(made, tmp_path / "out")
+    found = {each["text"]: each for row in rows(tmp_path / "out") for each in row["candidates"]}
+    assert {text: each["score"] for text, each in found.items()} == {"Рим": 4.5, "Лион": 1.5}
+    assert found["Рим"]["scores"] == {"brevity": 5, "clarity": 4}
+    assert found["Рим"]["repairs"] == ["list"]
+    assert json.loads(found["Рим"]["said"]) == {"answer": "Рим", "estimate": [5, 4]}
+    assert built.manifest is not None
+    assert built.manifest["judging"]["repaired"] == {"list": 48}
+    assert built.manifest["judging"]["criteria"]["brevity"]["chosen_mean"] == 5
+
+
+@pytest.mark.parametrize("language", ["ru", "en"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_shipped_rubrics(place, tmp_path, language, way) -> None:
+    (tmp_path / "list.txt").write_text("Назови город\nНазови реку")
+    base = place / f"llama_{'json' if way == 'json' else 'plain'}"
+    prompts = InstructionPrompts(str(tmp_path / "list.txt"), where={}, part="all")
+    generator = LocalGenerator(str(base), chat=True)
+    rubric = str(RUBRIC.with_name(f"rubric_{language}.yaml"))
+    made = SelfJudge(generator, prompts, rubric, n=4, sampling=Sampling(24, True, seed=3), **WAYS[way])
+    built = build(made, tmp_path / "out")
+    assert built.manifest is not None
+    judging = built.manifest["judging"]
+    assert judging["labelled"] >= 4
+    assert judging["language"]["wanted"] == language
+    assert list(judging["names"]) == ["brevity", "helpfulness", "accuracy", "clarity", "conciseness"]
+    assert len(judging["criteria"]) == (5 if way == "apart" else 1)
 
 
 def test_a_score_that_is_missing_makes_the_answer_invalid(place, tmp_path) -> None:

@@ -77,7 +77,7 @@ class TransformersJudge(Judge):
         made = cls(
             config.base, chat=True, batch_size=batch_size, dtype=config.dtype, revision=config.revision
         )  # type: ignore[arg-type]
-        made.__dict__["_config"], made._loaded = config, loaded
+        made._config, made._loaded = config, loaded
         return made
 
     def choose(self, questions: Sequence[Question]) -> Iterator[list[Choice]]:
