@@ -316,7 +316,10 @@ PIECES = st.sampled_from(
         "Ответ", "из пяти", "три", "Краткость: ", "x", "Ясность", "NaN", "1e400", "９", "٣", "\x00", "\ud800",
     ]
 )  # fmt: skip
-SAID = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=12).map("".join))
+SHAPES = [*READ_JSON, *READ_PLAIN, *(said for said in (*UNREAD_JSON, *UNREAD_PLAIN) if len(said) < 200)]
+MIXED = st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=12).map("".join)
+SAID = st.one_of(st.sampled_from(SHAPES), st.sampled_from(SHAPES), MIXED, st.text())
+FINISHED = st.sampled_from([True, True, False])
 
 
 def mutated(draw: st.DrawFn) -> str:

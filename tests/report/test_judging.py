@@ -44,7 +44,8 @@ JUDGING: dict[str, Any] = {
 }  # fmt: skip
 OTHER = {
     "kind": "rescored", "label": "big", "judge": {"class": "ServerJudge", "model": "large-model"}, "compared": COMPARED,
-    "mean": 2.75, "criteria": {"brevity": {"mean": 2.5, "spearman": 0.3}, "clarity": {"mean": 3.0, "spearman": None}},
+    "files": {"pairs.jsonl": "a", "candidates.jsonl": "b"}, "mean": 2.75,
+    "criteria": {"brevity": {"mean": 2.5, "spearman": 0.3}, "clarity": {"mean": 3.0, "spearman": None}},
 }  # fmt: skip
 
 
@@ -57,9 +58,8 @@ def write(folder: Path, judging: dict[str, Any] = JUDGING, other: dict[str, Any]
         "chosen_scores": {"brevity": 5.0, "clarity": 3.0}, "rejected_scores": {"brevity": 1.5, "clarity": 2.5},
     }  # fmt: skip
     write_lines(folder / "pairs.jsonl", [pair])
-    (folder / "manifest.json").write_text(
-        json.dumps({"kind": "pairs", "counts": {"kept": 1}, "judging": judging})
-    )
+    made = {"kind": "pairs", "counts": {"kept": 1}, "judging": judging, "files": OTHER["files"]}
+    (folder / "manifest.json").write_text(json.dumps(made))
     if other is not None:
         (folder / "rescored").mkdir()
         (folder / "rescored" / "big.json").write_text(json.dumps(other))
@@ -151,6 +151,13 @@ def test_the_page_shows_it_with_examples(tmp_path) -> None:
     assert "Краткость 1.50, Ясность 2.50" in page
     assert "Не буду оценивать" in page
     assert "mean score of the chosen and of the rejected by each criterion" in page
+
+
+def test_what_a_judge_said_of_other_answers_is_not_shown(tmp_path) -> None:
+    stale = OTHER | {"files": {"pairs.jsonl": "a", "candidates.jsonl": "before"}}
+    found = pairs_of_folder(write(tmp_path / "pairs", other=stale))
+    assert "rescored" not in found
+    assert not any("Another judge" in note for note in pairs_view(found)["judging"]["notes"])
 
 
 def test_a_folder_without_self_judging_has_no_such_part(tmp_path) -> None:

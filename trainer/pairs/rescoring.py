@@ -68,7 +68,8 @@ def rescore(
                     bar.update()
         scored = [ledger.rows[row["key"]] for row in rows]
     found = {"kind": "rescored", "label": label, **settings, **_findings(rows, scored, pairs, rubric)}
-    found |= {"versions": versions(), "git": git_revision()}
+    files = {name: sha256_file(folder / name) for name in (PAIRS, CANDIDATES)}
+    found |= {"files": files, "versions": versions(), "git": git_revision()}
     write_json(folder / FOLDER / f"{label}.json", found)
     return found
 

@@ -123,13 +123,14 @@ def pairs_of_folder(folder: str | Path) -> Summary:
         "counts": made.get("counts") or counts,
         "candidates": _candidates(folder / CANDIDATES, found["histograms"]),
         **{key: made[key] for key in ("builder", "judging", "versions", "git", "seconds") if key in made},
-        **({"rescored": rescored} if (rescored := _rescored(folder / RESCORED)) else {}),
+        **({"rescored": rescored} if (rescored := _rescored(folder / RESCORED, made.get("files"))) else {}),
     }
 
 
-def _rescored(folder: Path) -> list[dict[str, Any]]:
-    """What other judges said of the same answers (`tandem pairs rescore`)."""
-    return [read_json(path) for path in sorted(folder.glob("*.json"))]
+def _rescored(folder: Path, files: Any) -> list[dict[str, Any]]:
+    """What other judges said of the same answers (`tandem pairs rescore`); not what they said of others before."""
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    return [each for each in found if each.get("files") == files]
 
 
 def pairs_of_file(pairs: Pairs) -> Summary:
