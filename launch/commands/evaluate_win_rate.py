@@ -11,13 +11,11 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from launch.commands.parsing import add_model, check_output, command_parser, instantiated, parsed
+from launch.commands.parsing import add_model, check_output, command_parser, instantiated, parsed, with_judge
 from trainer.data.sources import Source
 from trainer.generation import Sampling
 from trainer.judges import Judge
 from trainer.schema import UserError
-
-_LLAMA, _SCORED = "trainer.judges.llamacpp.LlamaCppJudge", "trainer.judges.scored.TransformersJudge"
 
 
 def parser() -> ArgumentParser:
@@ -69,33 +67,11 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `tandem evaluate win-rate`; returns the exit status."""
     made = parser()
-    given = parsed(made, _with_judge(arguments))
+    given = parsed(made, with_judge(arguments))
     for part in (given.judge, given.data) if given.offline else ():
         if "offline" in (part.get("init_args") or {}):
             part.init_args.offline = True
     return win_rate(given, instantiated(made, given))
-
-
-def _with_judge(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with `--judge FILE.gguf` and `--judge FOLDER` as the class that can run it."""
-    out: list[str] = []
-    for word in arguments:
-        flag, equals, value = word.partition("=")
-        if flag == "--judge" and equals:
-            out += [flag, value]
-        else:
-            out.append(word)
-    for place, word in reversed(list(enumerate(out))):
-        if place and out[place - 1] == "--judge":
-            kind = (
-                _LLAMA
-                if word.lower().endswith(".gguf")
-                else _SCORED
-                if word and Path(word).is_dir()
-                else None
-            )
-            out[place : place + 1] = [kind, "--judge.model", word] if kind else [word]
-    return out
 
 
 def win_rate(given: Namespace, ready: Namespace) -> int:

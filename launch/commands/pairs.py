@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -20,15 +21,27 @@ KINDS = {
         "launch.commands.pairs:best_of_n",
         "sample continuations of prompts, score them, and pair the best with the worst",
     ),
+    "self-judge": Kind(
+        "launch.commands.pairs:self_judge",
+        "have a chat model answer instructions and score its own answers, and pair the best with the worst",
+    ),
     "build": Kind(
         "launch.commands.pairs:build", "make pairs with any builder that a config names by its class_path"
     ),
     "merge": Kind("launch.commands.pairs:merge", "put together what shards have made"),
+    "rescore": Kind(
+        "launch.commands.pairs_rescore:main",
+        "have another judge score the same answers by a rubric, and compare",
+    ),
     "show": Kind(
         "launch.commands.pairs_show:main", "scores, margins, lengths and examples of pairs, as a page"
     ),
 }
-_BEST_OF_N = "trainer.pairs.best_of_n.BestOfN"
+_BUILDERS = {
+    "best-of-n": "trainer.pairs.best_of_n.BestOfN",
+    "self-judge": "trainer.pairs.self_judge.SelfJudge",
+}
+"""Kinds whose builder is settled: its settings stand in the config as they are."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,8 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def build_parser(kind: str) -> ArgumentParser:
-    """The arguments of `tandem pairs best-of-n` and `tandem pairs build`."""
-    from trainer.pairs.best_of_n import BestOfN
+    """The arguments of `tandem pairs best-of-n`, `self-judge` and `build`."""
     from trainer.pairs.building import PairBuilder
 
     made = command_parser(f"pairs {kind}", f"{KINDS[kind].told[0].upper()}{KINDS[kind].told[1:]}.")
@@ -50,8 +62,8 @@ def build_parser(kind: str) -> ArgumentParser:
     made.add_argument("--threads", type=PositiveInt | None, help="CPU threads; 1 is best for tiny models.")
     made.add_argument("--device", type=str | None, help="Of the ranks of torchrun or srun: cpu or cuda.")
     made.add_argument("--offline", action="store_true", help="Never ask the network.")
-    if kind == "best-of-n":
-        made.add_class_arguments(BestOfN, as_group=False, sub_configs=True)
+    if kind in _BUILDERS:
+        made.add_class_arguments(_builder(kind), as_group=False, sub_configs=True)
     else:
         made.add_subclass_arguments(PairBuilder, "builder", required=True)
     return made
@@ -59,17 +71,31 @@ def build_parser(kind: str) -> ArgumentParser:
 
 def best_of_n(arguments: Sequence[str]) -> int:
     """Run `tandem pairs best-of-n`; returns the exit status."""
-    from trainer.pairs.best_of_n import BestOfN
+    return _settled("best-of-n", arguments)
 
-    parser, given, made = _read("best-of-n", arguments)
-    settings = _settings(parser, given, "best-of-n")
-    return _run(BestOfN(**{name: getattr(made, name) for name in settings["init_args"]}), given, settings)
+
+def self_judge(arguments: Sequence[str]) -> int:
+    """Run `tandem pairs self-judge`; returns the exit status."""
+    return _settled("self-judge", arguments)
 
 
 def build(arguments: Sequence[str]) -> int:
     """Run `tandem pairs build`; returns the exit status."""
     parser, given, made = _read("build", arguments)
     return _run(made.builder, given, _settings(parser, given, "build"))
+
+
+def _builder(kind: str) -> Any:
+    module, name = _BUILDERS[kind].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def _settled(kind: str, arguments: Sequence[str]) -> int:
+    """Run a kind whose builder is settled."""
+    parser, given, made = _read(kind, arguments)
+    settings = _settings(parser, given, kind)
+    built = _builder(kind)(**{name: getattr(made, name) for name in settings["init_args"]})
+    return _run(built, given, settings)
 
 
 def _read(kind: str, arguments: Sequence[str]) -> tuple[ArgumentParser, Namespace, Namespace]:
@@ -90,7 +116,7 @@ def _settings(parser: ArgumentParser, given: Namespace, kind: str) -> dict[str, 
         return whole
     own = ("config", "output", "shard", "threads", "device", "offline")
     return {
-        "class_path": _BEST_OF_N,
+        "class_path": _BUILDERS[kind],
         "init_args": {name: value for name, value in plain.items() if name not in own},
     }
 
@@ -160,3 +186,35 @@ def _tell(manifest: dict[str, Any], output: Path) -> None:
         f"scores: mean {scores['mean']:.3g} (sd {scores['sd']:.3g}), chosen {scores['chosen_mean']:.3g},"
         f" rejected {scores['rejected_mean']:.3g}"
     )
+    if judging := manifest.get("judging"):
+        for line in _told(judging):
+            print(line)
+
+
+def _told(judging: dict[str, Any]) -> list[str]:
+    """Of self-judged pairs: ties, what could not be read, other languages, and what scores go with."""
+    ties, language = judging["ties"], judging["language"]
+    lines = [
+        f"ties: in {ties['prompts']:,} of {ties['of']:,} prompts all answers have one score ({_percent(ties['share'])})"
+    ]
+    if unread := judging["unread"]:
+        found = ", ".join(f"{why} {count:,}" for why, count in unread.items())
+        lines.append(
+            f"no score could be read from {sum(unread.values()):,} of {judging['answers']:,} answers: {found}"
+        )
+    lines.append(
+        f"in another language than {language['wanted']}: {_percent(language['share'])} of the answers"
+    )
+    length = judging["with_length"]["all"]
+    lines.append(f"Spearman of score with length: {'-' if length is None else format(length, '.2f')}")
+    for number, each in enumerate(judging["agreement"], start=1):
+        rank = each["spearman"]
+        lines.append(
+            f"scored again ({number}): Spearman {'-' if rank is None else format(rank, '.2f')}, the same mark for"
+            f" {_percent(each['same_rounded'])}, {_percent(each['pairs_confirmed'])} of the pairs confirmed"
+        )
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

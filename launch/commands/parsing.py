@@ -18,6 +18,8 @@ from jsonargparse.typing import PositiveInt
 
 from trainer.schema import UserError
 
+_LLAMA, _SCORED = "trainer.judges.llamacpp.LlamaCppJudge", "trainer.judges.scored.TransformersJudge"
+
 
 class Kind(NamedTuple):
     """One of several that a command can do: where its `main(arguments) -> int` lies, and what it does."""
@@ -103,6 +105,23 @@ def _made_in(error: BaseException) -> str:
             made = type(frame.f_locals["self"])
             return f"{made.__module__}.{made.__qualname__}"
     return "a class of the settings"
+
+
+def with_judge(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--judge FILE.gguf` and `--judge FOLDER` as the class that can run it."""
+    out: list[str] = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if flag == "--judge" and equals:
+            out += [flag, value]
+        else:
+            out.append(word)
+    for place, word in reversed(list(enumerate(out))):
+        if place and out[place - 1] == "--judge":
+            folder = bool(word) and Path(word).is_dir()
+            kind = _LLAMA if word.lower().endswith(".gguf") else _SCORED if folder else None
+            out[place : place + 1] = [kind, "--judge.model", word] if kind else [word]
+    return out
 
 
 class Formatter(argparse.HelpFormatter):

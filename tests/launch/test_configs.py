@@ -27,6 +27,7 @@ from tests.launch.helpers import ROOT
 from trainer.data.sources import HubTexts, Source, TextSource
 from trainer.judges import Judge
 from trainer.pairs.prompts import PromptSource
+from trainer.pairs.rubric import Rubric
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -39,6 +40,7 @@ LETTERS = [path for path in STAGES if path.parent.name == "letters"]
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 COMMANDS = {
     "imdb/*pairs*.yaml": lambda: pairs_command.build_parser("best-of-n"),
+    "oasst_ru/*pairs*.yaml": lambda: pairs_command.build_parser("self-judge"),
     "imdb/*evaluation*.yaml": reward_command.parser,
     "hh_rlhf/win_rate.yaml": win_rate_command.parser,
     "*/tiny_generator.yaml": lambda: scratch_command.model_parser("generator"),
@@ -46,10 +48,11 @@ COMMANDS = {
 }
 """Configs of other commands, and the parser that reads them."""
 OF_COMMANDS = {path: parser for sign, parser in COMMANDS.items() for path in sorted(CONFIGS.glob(sign))}
-CLASSES = {"judges/*.yaml": Judge, "hh_rlhf/rows.yaml": Source, "imdb/*prompts.yaml": PromptSource}
+CLASSES = {"judges/*.yaml": Judge, "hh_rlhf/rows.yaml": Source, "*/*prompts.yaml": PromptSource}
 """Objects that other configs name by their file, and what they are."""
 _OTHERS = {path: kind for sign, kind in CLASSES.items() for path in sorted(CONFIGS.glob(sign))}
 OF_CLASSES = {path: kind for path, kind in _OTHERS.items() if path not in OF_COMMANDS}
+RUBRICS = [path for path in FILES if "criteria" in (check_yaml(path) or {})]
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -67,7 +70,9 @@ def _in_the_checkout():
 
 
 def test_every_file_is_of_a_known_kind():
-    assert sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS, *OF_COMMANDS, *OF_CLASSES]) == FILES
+    assert (
+        sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS, *OF_COMMANDS, *OF_CLASSES, *RUBRICS]) == FILES
+    )
 
 
 @pytest.mark.parametrize("file", named([*OF_COMMANDS]))
@@ -80,6 +85,11 @@ def test_configs_of_other_commands(file):
 @pytest.mark.parametrize("file", named([*OF_CLASSES]))
 def test_files_that_name_a_class(file):
     assert isinstance(build(OF_CLASSES[ROOT / file], check_yaml(file), file), OF_CLASSES[ROOT / file])
+
+
+@pytest.mark.parametrize("file", named(RUBRICS))
+def test_rubrics(file):
+    assert len(Rubric.read(file).criteria) == 5
 
 
 @pytest.mark.parametrize("file", named(STAGES))

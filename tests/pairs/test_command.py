@@ -265,6 +265,9 @@ def test_the_shipped_configs(name) -> None:
 
 def test_kinds_and_settings_are_told(capsys) -> None:
     assert main(["pairs", "--help"]) == 0
-    assert "best-of-n  sample continuations" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "best-of-n sample continuations" in told
+    assert "self-judge have a chat model answer" in told
+    assert "rescore have another judge score" in told
     assert "--shard I/N" in build_parser("best-of-n").format_help()
     assert "--builder" in build_parser("build").format_help()

@@ -1,7 +1,11 @@
-"""Chat templates: messages -> text, and where the prompt ends and the completion begins."""
+"""Chat templates: messages -> text, and where the prompt ends and the completion begins.
+
+Where a template refuses a system role (Gemma's does), the system text is put before the user's first turn.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,12 +57,29 @@ def _apply(
         )
     if not messages:
         raise UserError(f"{origin}: has no message in its prompt; a chat's prompt should hold at least one")
-    turns: list[dict[str, Any]] = [dict(message) for message in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return _rendered(tokenizer, messages, add_generation_prompt)
     except (TemplateError, ValueError) as error:
+        folded = without_system(messages)
+        if folded != list(messages):
+            with contextlib.suppress(TemplateError, ValueError):
+                return _rendered(tokenizer, folded, add_generation_prompt)
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{origin}: the chat template refuses these messages ({roles}): {error}") from error
-    return str(text)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+) -> str:
+    turns: list[dict[str, Any]] = [dict(message) for message in messages]
+    return str(
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    )
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a system text before the user's first turn, in it, as for models that know no such role."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return list(messages)
+    first = "\n\n".join(text for each in messages[:2] if (text := each["content"].strip()))
+    return [{"role": "user", "content": first}, *messages[2:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,12 +61,24 @@ class TransformersJudge(Judge):
         self.model, self.adapter, self.chat, self.batch_size, self.device = (
             model, adapter, chat, batch_size, device,
         )  # fmt: skip
+        self._loaded: Callable[[], tuple[Any, Any]] | None = None
         self._settings: dict[str, Any] = {
             "dtype": dtype,
             "revision": revision,
             "offline": offline,
             "trust_remote_code": trust_remote_code,
         }
+
+    @classmethod
+    def sharing(
+        cls, config: PolicyConfig, loaded: Callable[[], tuple[Any, Any]], batch_size: int = 8
+    ) -> TransformersJudge:
+        """A judge by a model that another has, with its weights: `loaded` gives it and its tokenizer."""
+        made = cls(
+            config.base, chat=True, batch_size=batch_size, dtype=config.dtype, revision=config.revision
+        )  # type: ignore[arg-type]
+        made._config, made._loaded = config, loaded
+        return made
 
     def choose(self, questions: Sequence[Question]) -> Iterator[list[Choice]]:
         """The choices, a batch at a time, questions of like length together."""
@@ -132,11 +144,15 @@ class TransformersJudge(Judge):
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
+        if self._loaded is not None:
+            return self._loaded()[1]
         config = self._config
         return load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
 
     @functools.cached_property
     def _policy(self) -> Any:
+        if self._loaded is not None:
+            return self._loaded()[0]
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             return load_frozen(self._config).to(device)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from trainer.generation import Sampling
 from trainer.ledger import Row
 from trainer.pairs.building import Pair, PairBuilder
 from trainer.pairs.candidates import CandidateFile
-from trainer.pairs.continuations import Continuation, Generator
+from trainer.pairs.continuations import Continuation, Generator, as_chat
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
 from trainer.rewards import Reward, described, scored
 from trainer.schema import UserError
@@ -107,6 +107,16 @@ class BestOfN(PairBuilder):
     @override
     def pair(self, row: Row, counts: Counter[str]) -> Pair | None:
         return choose(row["candidates"], self.min_margin, self.min_tokens, counts)
+
+    @override
+    def pair_row(self, row: Row, pair: Pair) -> dict[str, Any]:
+        """Turns of a chat where the generator was given such."""
+        made = super().pair_row(row, pair)
+        return (
+            as_chat(made, getattr(self.generator, "system", None))
+            if getattr(self.generator, "chat", False)
+            else made
+        )
 
     @override
     def describe(self) -> dict[str, Any]:

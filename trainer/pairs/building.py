@@ -98,6 +98,21 @@ class PairBuilder(abc.ABC):
     def selection(self) -> dict[str, Any]:
         """What pairs follow from beside the rows, as plain JSON. It may change without a row being made anew."""
 
+    def pair_row(self, row: Row, pair: Pair) -> dict[str, Any]:
+        """A row of `pairs.jsonl`: what `PreferenceFile` reads, with the scores."""
+        named = {"chosen": pair.chosen, "rejected": pair.rejected}
+        return {
+            "id": row["key"],
+            "prompt": row["prompt"],
+            **{name: each["text"] for name, each in named.items()},
+            **{f"{name}_score": each["score"] for name, each in named.items()},
+            **{f"{name}_finished": each["finished"] for name, each in named.items()},
+        }
+
+    def findings(self, rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
+        """What else the manifest says of all rows and of the pairs that are kept, as plain JSON."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Built:
@@ -165,7 +180,7 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
     counts.update(kept=len(kept), candidates=sum(len(row["candidates"]) for row in rows))
     texts = {
         CANDIDATES: "".join(map(_line, rows)),
-        PAIRS: "".join(_line(_pair_row(row, pair)) for row, pair in kept),
+        PAIRS: "".join(_line(builder.pair_row(row, pair)) for row, pair in kept),
     }
     if not kept or not all(_says(output / name, text) for name, text in texts.items()):
         (output / MANIFEST).unlink(missing_ok=True)
@@ -182,6 +197,7 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
         "builder": {**follows, **builder.selection()},
         "counts": dict(counts),
         "scores": _scores(rows, [pair for _, pair in kept]),
+        **builder.findings(rows, kept),
         "files": {name: sha256_file(output / name) for name in (PAIRS, CANDIDATES)},
     }
     return _write_manifest(output / MANIFEST, manifest, about, begun)
@@ -231,17 +247,6 @@ def _absent(output: Path, prompts: Sequence[Prompt], absent: set[str]) -> str:
     (number,) = of
     shards = sorted({i % number + 1 for i, prompt in enumerate(prompts) if prompt.key in absent})
     return f"{told}, of shard {', '.join(f'{shard}/{number}' for shard in shards)}"
-
-
-def _pair_row(row: Row, pair: Pair) -> dict[str, Any]:
-    named = {"chosen": pair.chosen, "rejected": pair.rejected}
-    return {
-        "id": row["key"],
-        "prompt": row["prompt"],
-        **{name: each["text"] for name, each in named.items()},
-        **{f"{name}_score": each["score"] for name, each in named.items()},
-        **{f"{name}_finished": each["finished"] for name, each in named.items()},
-    }
 
 
 def _scores(rows: Sequence[Row], pairs: Sequence[Pair]) -> dict[str, float]:

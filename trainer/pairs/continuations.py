@@ -12,12 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from trainer.data.tokenize import tokenize_prompts
+from trainer.data.tokenize import tokenize_prompt, tokenize_prompts
 from trainer.generation import Sampling, answer_batches
+from trainer.judges import Judge
+from trainer.judges.scored import TransformersJudge
 from trainer.pairs.prompts import Prompt
 from trainer.policy.devices import check_device, device_named
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
-from trainer.schema import UserError
+from trainer.schema import Message, UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,6 +61,17 @@ class Generator(abc.ABC):
         """The tokenizer that counts its tokens, where there is one."""
         return None
 
+    def scorer(self, batch_size: int) -> Judge:
+        """The same model as a judge, which gives its choices' probabilities; no weights are loaded a second time.
+
+        Raises:
+            UserError: its model cannot be asked for them.
+        """
+        raise UserError(
+            f"{type(self).__qualname__}: cannot score its own texts; take trainer.pairs.continuations.LocalGenerator or"
+            " trainer.pairs.served.ServerGenerator, with chat: true"
+        )
+
 
 class LocalGenerator(Generator):
     """A causal language model on this machine; under torchrun or srun a copy on each rank, which share the prompts.
@@ -70,6 +83,8 @@ class LocalGenerator(Generator):
         base: folder of a causal language model, or its id on the hub (asks for the network); by default the
             adapter's own.
         adapter: saved adapter, checkpoint or run.
+        chat: each prompt is a user's turn, put through the tokenizer's chat template; else plain text to go on from.
+        system: what stands before it, as a system turn where the template has one; needs chat.
         batch_size: texts generated at once; where a prompt has more continuations, it is one batch of several forwards.
         dtype: of the base's weights.
         device: cpu, cuda, ...; by default cuda where there is one.
@@ -88,7 +103,10 @@ class LocalGenerator(Generator):
         revision: str | None = None,
         offline: bool = False,
         trust_remote_code: bool = False,
+        chat: bool = False,
+        system: str | None = None,
     ) -> None:
+        check_system(chat, system, "LocalGenerator")
         if base is None and adapter is None:
             raise UserError("LocalGenerator: neither base nor adapter is given; name a model")
         if batch_size < 1:
@@ -98,11 +116,20 @@ class LocalGenerator(Generator):
         self.base, self.adapter, self.batch_size = base, adapter, batch_size
         self.dtype, self.device, self.revision = dtype, device, revision
         self.offline, self.trust_remote_code = offline, trust_remote_code
+        self.chat, self.system = chat, system
 
     @override
     def continued(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[Continued]:
         tokenizer = self._tokenizer
-        rows = tokenize_prompts([prompt.text for prompt in prompts], tokenizer)
+        if self.chat:
+            rows = [
+                tokenize_prompt(
+                    chat_turns(prompt.text, self.system), tokenizer, f"prompt {prompt.text[:40]!r}"
+                )
+                for prompt in prompts
+            ]
+        else:
+            rows = tokenize_prompts([prompt.text for prompt in prompts], tokenizer)
         batches = answer_batches(
             self._model,
             tokenizer,
@@ -111,7 +138,7 @@ class LocalGenerator(Generator):
             keys=[prompt.key for prompt in prompts for _ in range(n)],
             batch_size=self.batch_size,
             together=n,
-            continuing=True,
+            continuing=not self.chat,
         )
         for batch in batches:
             texts = [
@@ -134,7 +161,12 @@ class LocalGenerator(Generator):
             "base": made_of["base"]["digest"],
             "adapter": made_of["start"] and made_of["start"]["files"],
             "dtype": self.dtype,
+            **({"chat": True, "system": self.system} if self.chat else {}),
         }
+
+    @override
+    def scorer(self, batch_size: int) -> Judge:
+        return TransformersJudge.sharing(self._policy, lambda: (self._model, self._tokenizer), batch_size)
 
     @functools.cached_property
     def _policy(self) -> PolicyConfig:
@@ -161,6 +193,24 @@ class LocalGenerator(Generator):
                     f"{self.adapter or self.base}: its weights are broken ({name} holds what is no number)"
                 )
         return model
+
+
+def chat_turns(text: str, system: str | None) -> list[Message]:
+    """A user's turn, behind a system turn where there is a text for it."""
+    user: Message = {"role": "user", "content": text}
+    return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+def as_chat(pair: dict[str, Any], system: str | None = None) -> dict[str, Any]:
+    """A row of `pairs.jsonl` with prompt, chosen and rejected as turns, as they were generated."""
+    answers = {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
+    return pair | {"prompt": chat_turns(pair["prompt"], system)} | answers
+
+
+def check_system(chat: bool, system: str | None, name: str) -> None:
+    """Raise `UserError` for a system text that has no effect."""
+    if system is not None and not chat:
+        raise UserError(f"{name}.system: has no effect without chat: true; set that, or leave it out")
 
 
 def _whole(text: str, finished: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -77,8 +77,84 @@ class NoPrompt(PromptSource):
         return Prompts([Prompt(f"none-{number}", "") for number in numbers], {"kept": self.count}, {})
 
 
+class FilePrompts(PromptSource):
+    """What sources of a file have in common: each prompt once, in parts and an order that follow from its content.
+
+    A subclass is a dataclass with these fields; it says which prompts the file's rows hold (`_found`).
+    """
+
+    path: str
+    part: Part
+    held_out_fraction: float | None
+    limit: int | None
+    split: str | None
+    revision: str | None
+    offline: bool
+
+    def __post_init__(self) -> None:
+        if self.part not in ("train", "held_out", "all"):
+            raise UserError(f"{self.path}: part is {self.part!r}; it should be train, held_out or all")
+        if self.part == "all" and self.held_out_fraction is not None:
+            raise UserError(f"{self.path}: held_out_fraction has no effect with part: all; leave it out")
+        fraction = self.held_out_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise UserError(f"{self.path}: held_out_fraction is {fraction}; it should be above 0 and below 1")
+        for name in ("tokens", "limit", "repeat"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise UserError(f"{self.path}: {name} is {value}; it should be 1 or more")
+
+    @abc.abstractmethod
+    def _columns(self) -> list[str]:
+        """What each row must have."""
+
+    @abc.abstractmethod
+    def _found(
+        self, table: Table, tokenizer: PreTrainedTokenizerBase | None, counts: Counter[str]
+    ) -> Iterator[str]:
+        """The prompts that the rows hold, also those of other parts and those that come again."""
+
+    @override
+    def load(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
+        table = self._table()
+        counts: Counter[str] = Counter(rows=len(table), kept=0, dropped_duplicate=0, other_parts=0)
+        found: dict[str, str] = {}
+        for text in self._found(table, tokenizer, counts):
+            key = digest(text)
+            if not self._holds(key):
+                counts["other_parts"] += 1
+            elif key in found:
+                counts["dropped_duplicate"] += 1
+            else:
+                found[key] = text
+        keys, repeat = sorted(found), getattr(self, "repeat", 1)
+        kept = keys[: self.limit]
+        counts.update(kept=len(kept) * repeat, dropped_over_limit=len(keys) - len(kept))
+        if not kept:
+            raise UserError(f"{self.path}: no prompt is left for part {self.part!r} ({_told(counts)})")
+        # The first time under the same key, so that a repeat adds to what was made without.
+        names = [(key, f"-{turn}" if turn else "") for key in kept for turn in range(repeat)]
+        prompts = [Prompt(key[:24] + suffix, found[key]) for key, suffix in names]
+        return Prompts(prompts, dict(counts), table.hashes)
+
+    def _table(self) -> Table:
+        return read_rows(
+            self.path,
+            columns=self._columns(),
+            split=self.split,
+            revision=self.revision,
+            offline=self.offline,
+        )
+
+    def _holds(self, key: str) -> bool:
+        if self.part == "all":
+            return True
+        fraction = _HELD_OUT if self.held_out_fraction is None else self.held_out_fraction
+        return (split_share(key, "prompts/held_out") < fraction) == (self.part == "held_out")
+
+
 @dataclasses.dataclass
-class TextPrompts(PromptSource):
+class TextPrompts(FilePrompts):
     """The first tokens of a column's texts, each beginning once, in an order that follows from their content.
 
     Which part a prompt is in follows from its content, too: those held out make no pairs, whatever file they come from.
@@ -108,55 +184,12 @@ class TextPrompts(PromptSource):
     revision: str | None = None
     offline: bool = False
 
-    def __post_init__(self) -> None:
-        if self.part not in ("train", "held_out", "all"):
-            raise UserError(f"{self.path}: part is {self.part!r}; it should be train, held_out or all")
-        if self.part == "all" and self.held_out_fraction is not None:
-            raise UserError(f"{self.path}: held_out_fraction has no effect with part: all; leave it out")
-        fraction = self.held_out_fraction
-        if fraction is not None and not 0 < fraction < 1:
-            raise UserError(f"{self.path}: held_out_fraction is {fraction}; it should be above 0 and below 1")
-        for name in ("tokens", "limit", "repeat"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{self.path}: {name} is {value}; it should be 1 or more")
+    @override
+    def _columns(self) -> list[str]:
+        return [self.column]
 
     @override
-    def load(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
-        table = read_rows(
-            self.path,
-            columns=[self.column],
-            split=self.split,
-            revision=self.revision,
-            offline=self.offline,
-        )
-        counts: Counter[str] = Counter(rows=len(table), kept=0, dropped_duplicate=0, other_parts=0)
-        found: dict[str, str] = {}
-        for text in self._beginnings(table, tokenizer, counts):
-            key = digest(text)
-            if not self._holds(key):
-                counts["other_parts"] += 1
-            elif key in found:
-                counts["dropped_duplicate"] += 1
-            else:
-                found[key] = text
-        keys = sorted(found)
-        kept = keys[: self.limit]
-        counts.update(kept=len(kept) * self.repeat, dropped_over_limit=len(keys) - len(kept))
-        if not kept:
-            raise UserError(f"{self.path}: no prompt is left for part {self.part!r} ({_told(counts)})")
-        # The first time under the same key, so that a repeat adds to what was made without.
-        names = [(key, f"-{turn}" if turn else "") for key in kept for turn in range(self.repeat)]
-        prompts = [Prompt(key[:24] + suffix, found[key]) for key, suffix in names]
-        return Prompts(prompts, dict(counts), table.hashes)
-
-    def _holds(self, key: str) -> bool:
-        if self.part == "all":
-            return True
-        fraction = _HELD_OUT if self.held_out_fraction is None else self.held_out_fraction
-        return (split_share(key, "prompts/held_out") < fraction) == (self.part == "held_out")
-
-    def _beginnings(
+    def _found(
         self, table: Table, tokenizer: PreTrainedTokenizerBase | None, counts: Counter[str]
     ) -> Iterator[str]:
         if self.tokens is None:
@@ -177,15 +210,21 @@ class TextPrompts(PromptSource):
 
     def _texts(self, table: Table, counts: Counter[str]) -> Iterator[str]:
         for origin, row in table:
-            text = row[self.column]
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{origin}: column {self.column!r} holds {text!r}; it should be text")
+            text = text_of(row, self.column, origin)
             # The blanks at a whole prompt's end are its own; before a beginning they would count as tokens.
-            text = (text or "") if self.tokens is None else (text or "").strip()
+            text = text if self.tokens is None else text.strip()
             if text.strip():
                 yield text
             else:
                 counts["dropped_blank"] += 1
+
+
+def text_of(row: Mapping[str, Any], column: str, origin: str) -> str:
+    """A row's text, empty where there is none. Raises `UserError` for anything else."""
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{origin}: column {column!r} holds {text!r}; it should be text")
+    return text or ""
 
 
 def _cut(

@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from trainer.generation import Sampling, of_this_rank
-from trainer.pairs.continuations import Continuation, Continued, Generator
+from trainer.judges import Judge
+from trainer.judges.served import ServerJudge
+from trainer.pairs.continuations import Continuation, Continued, Generator, chat_turns, check_system
 from trainer.pairs.prompts import Prompt
 from trainer.policy.load import load_tokenizer
 from trainer.provenance import sha256_text
@@ -34,6 +36,8 @@ class ServerGenerator(Generator):
         model: the model's name there.
         tokenizer: folder or hub id of the model's tokenizer: cuts prompts to tokens and counts those of texts. Without
             it lengths are in words.
+        chat: ask /chat/completions, each prompt a user's turn; else /completions, which go on from it.
+        system: a system turn before it; needs chat.
         bos: what is sent where a prompt is empty, such as <|endoftext|>: most servers refuse nothing at all.
         parallel: requests under way at once.
         batch_size: texts between two writes.
@@ -57,13 +61,19 @@ class ServerGenerator(Generator):
         attempts: int = 4,
         wait: float = 1.0,
         offline: bool = False,
+        chat: bool = False,
+        system: str | None = None,
     ) -> None:
+        check_system(chat, system, "ServerGenerator")
+        if chat and bos:
+            raise UserError("ServerGenerator.bos: has no effect with chat: true; leave it out")
         for name, value in (("parallel", parallel), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"ServerGenerator.{name}: {value} is not possible; give 1 or more")
         self.url, self.model, self.tokenizer, self.bos = url, model, tokenizer, bos
         self.parallel, self.batch_size, self.offline = parallel, batch_size, offline
         self.key_variable, self.timeout, self.attempts, self.wait = key_variable, timeout, attempts, wait
+        self.chat, self.system = chat, system
 
     @override
     def continued(self, prompts: Sequence[Prompt], n: int, sampling: Sampling) -> Iterator[Continued]:
@@ -108,20 +118,31 @@ class ServerGenerator(Generator):
             "model": self.model,
             "tokenizer": self.tokenizer,
             "bos": self.bos,
+            **({"chat": True, "system": self.system} if self.chat else {}),
         }
+
+    @override
+    def scorer(self, batch_size: int) -> Judge:
+        """The likeliest tokens' log-probs, which the server has to give; `batch_size` is its own matter."""
+        asking = (self.timeout, self.attempts, self.wait)
+        return ServerJudge(
+            self.url, self.model, self.key_variable, "logprobs", True, 1, 1, self.parallel, *asking
+        )
 
     def _ask(self, server: Server, sampling: Sampling, prompt: Prompt, number: int) -> Answer | str:
         """The server's answer, or why there is none."""
-        more: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k is not None else {}
+        settings: dict[str, Any] = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": _seed(sampling.seed, prompt.key, number),
+            **({"top_k": sampling.top_k} if sampling.top_k is not None else {}),
+        }
         try:
-            (answer,) = server.complete(
-                prompt.text or self.bos,
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=_seed(sampling.seed, prompt.key, number),
-                **more,
-            )
+            if self.chat:
+                (answer,) = server.chat(chat_turns(prompt.text, self.system), **settings)
+            else:
+                (answer,) = server.complete(prompt.text or self.bos, **settings)
         except (Refused, ServerNonsense) as error:
             return str(error)
         return answer

@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.report.pictures import Picture
 from trainer.report.svg import INK, SERIES, drawn, style, variable
+from trainer.report.texts import readable
 
 _PANELS = (
     ("scores", "Scores", "share of the texts of each kind, in percent", "score"),
@@ -22,16 +23,52 @@ _PANELS = (
 )
 # All candidates lie behind, in the ink of the axes.
 _COLORS = {"chosen": SERIES[0], "rejected": SERIES[1], "margin": SERIES[0], "candidates": INK}
+_LONGEST = 24
+"""Characters of a criterion's name beside its line."""
 
 
 def draw_pairs(summary: Mapping[str, Any], key: str = "pairs") -> list[Picture]:
     """The histograms that the summary has. `key`: other for each summary on a page."""
     found = summary.get("histograms") or {}
-    return [
+    drawings = [
         _draw(found[name], title, note + _outside(found[name]), xlabel, f"{key}-{title}")
         for name, title, note, xlabel in _PANELS
         if found.get(name)
     ]
+    judging = summary.get("judging") or {}
+    criteria = judging.get("criteria") or {}
+    return drawings + ([_by_criterion(judging, f"{key}-criteria")] if len(criteria) > 1 else [])
+
+
+def _by_criterion(judging: Mapping[str, Any], key: str) -> Picture:
+    """The mean scores of chosen and rejected by each criterion, on one line each."""
+    title, note = "Criteria", "mean score of the chosen and of the rejected by each criterion"
+    criteria, names = judging["criteria"], judging.get("names") or {}
+    rows = [(_tick(names.get(name, name)), each) for name, each in criteria.items() if _both(each)]
+
+    def plot(axes: Any) -> None:
+        style(axes, "score")
+        for place, (_, each) in enumerate(rows):
+            ends = [each[f"{side}_mean"] for side in ("chosen", "rejected")]
+            axes.plot(ends, [place, place], color=INK, linewidth=1)
+            for side, end in zip(("chosen", "rejected"), ends, strict=True):
+                axes.plot([end], [place], marker="o", markersize=7, color=_COLORS[side])
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0.9, 5.1)  # the whole scale: how little scores differ is to be seen
+
+    legend = [(side, variable(_COLORS[side])) for side in ("chosen", "rejected")]
+    return Picture(title, note, drawn(plot, title, note, key), legend)
+
+
+def _tick(name: str) -> str:
+    """A name that leaves room for the picture; a dollar would begin a formula."""
+    told = " ".join(readable(name).split())
+    return (told if len(told) <= _LONGEST else told[: _LONGEST - 1] + "…").replace("$", r"\$")
+
+
+def _both(each: Mapping[str, Any]) -> bool:
+    return each.get("chosen_mean") is not None and each.get("rejected_mean") is not None
 
 
 def _outside(histogram: Mapping[str, Any]) -> str:

@@ -26,22 +26,25 @@ from trainer.schema import Preference, Text, UserError
 Summary = dict[str, Any]
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
-PAIRS, CANDIDATES, MANIFEST = "pairs.jsonl", "candidates.jsonl", "manifest.json"
+PAIRS, CANDIDATES, MANIFEST, RESCORED = "pairs.jsonl", "candidates.jsonl", "manifest.json", "rescored"
 EXAMPLES, BINS = 6, 40
 _SCORES, _FINISHED = ("chosen_score", "rejected_score"), ("chosen_finished", "rejected_finished")
+_PARTS = ("chosen_scores", "rejected_scores")
+"""Scores by criterion, of self-judged pairs."""
 # From so many values on a picture leaves out half a percent at each end: a few texts would press the others together.
 _MANY = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One pair as it is shown; `scores` and `finished` of the chosen and the rejected, where they are known."""
+    """One pair as it is shown; of both sides, where known: `scores`, `finished`, and scores by criterion (`parts`)."""
 
     prompt: Text
     chosen: Text
     rejected: Text
     scores: tuple[float, float] | None
     finished: tuple[bool, bool] | None
+    parts: tuple[Any, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Pairs:
 
     def read(self, counts: dict[str, int]) -> Iterator[Pair]:
         """The pairs that training would read, in the file's order; the source's counts are added at the end."""
-        beside_it = (*_SCORES, *_FINISHED)
+        beside_it = (*_SCORES, *_FINISHED, *_PARTS)
         source = PreferenceFile(
             self.path,
             columns={name: column for name, column in (self.columns or {}).items() if name not in beside_it},
@@ -70,19 +73,19 @@ class Pairs:
         for record in loaded.records:
             assert isinstance(record, Preference)
             # Both come in the file's order, and the source leaves rows out.
-            scores, finished = next((each[1:] for each in beside if each[0] == record.origin), (None, None))
-            yield Pair(record.prompt, record.chosen, record.rejected, scores, finished)
+            found = next((each[1:] for each in beside if each[0] == record.origin), (None, None, None))
+            yield Pair(record.prompt, record.chosen, record.rejected, *found)
         counts |= {name: int(count) for name, count in loaded.counts.items()}
 
-    def _beside(self) -> Iterator[tuple[str, Any, Any]]:
-        """Each row's origin, scores, and whether the texts ended; nothing where the file has no such columns."""
-        names = {name: (self.columns or {}).get(name, name) for name in (*_SCORES, *_FINISHED)}
+    def _beside(self) -> Iterator[tuple[str, Any, Any, Any]]:
+        """Each row's origin, scores, whether the texts ended, scores by criterion; nothing without such columns."""
+        names = {name: (self.columns or {}).get(name, name) for name in (*_SCORES, *_FINISHED, *_PARTS)}
         mapped = [names[name] for name in names if name in (self.columns or {})]
         rest = [column for column in names.values() if column not in mapped]
         table = read_rows(self.path, columns=mapped, optional=rest, offline=self.offline)
         for origin, row in table if table.columns else ():
             named = {name: row.get(column) for name, column in names.items()}
-            yield origin, _two_scores(named, origin), _two(named, _FINISHED)
+            yield origin, _two_scores(named, origin), _two(named, _FINISHED), _two(named, _PARTS)
 
 
 def _two(row: Mapping[str, Any], names: tuple[str, str]) -> tuple[Any, Any] | None:
@@ -121,8 +124,15 @@ def pairs_of_folder(folder: str | Path) -> Summary:
     return found | {
         "counts": made.get("counts") or counts,
         "candidates": _candidates(folder / CANDIDATES, found["histograms"]),
-        **{key: made[key] for key in ("builder", "versions", "git", "seconds") if key in made},
+        **{key: made[key] for key in ("builder", "judging", "versions", "git", "seconds") if key in made},
+        **({"rescored": rescored} if (rescored := _rescored(folder / RESCORED, made.get("files"))) else {}),
     }
+
+
+def _rescored(folder: Path, files: Any) -> list[dict[str, Any]]:
+    """What other judges said of the same answers (`tandem pairs rescore`); not what they said of others before."""
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    return [each for each in found if each.get("files") == files]
 
 
 def pairs_of_file(pairs: Pairs) -> Summary:
@@ -248,8 +258,14 @@ def _example(pair: Pair) -> dict[str, Any]:
         "chosen": kept(pair.chosen),
         "rejected": kept(pair.rejected),
     }
-    scores, finished = pair.scores or (None, None), pair.finished or (None, None)
-    return texts | dict(zip(_SCORES, scores, strict=True)) | dict(zip(_FINISHED, finished, strict=True))
+    beside = {_SCORES: pair.scores, _FINISHED: pair.finished}
+    if pair.parts and all(isinstance(each, Mapping) for each in pair.parts):
+        beside[_PARTS] = pair.parts
+    return texts | {
+        name: value
+        for names, values in beside.items()
+        for name, value in zip(names, values or (None, None), strict=True)
+    }
 
 
 def _candidates(path: Path, histograms: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.report.judging_view import judging_view, parts
 from trainer.report.runs import duration
 from trainer.report.texts import facts, number, readable, shown
 
@@ -41,7 +42,12 @@ def pairs_view(summary: Summary, title: str = "") -> dict[str, Any]:
         "flow": _flow(summary.get("counts") or {}),
         "table": _table(summary),
         "notes": _notes(summary),
-        "groups": [_group(name, found) for name, found in (summary.get("examples") or {}).items() if found],
+        "judging": judging_view(summary),
+        "groups": [
+            _group(name, found, _names(summary))
+            for name, found in (summary.get("examples") or {}).items()
+            if found
+        ],
         "facts": facts(summary.get("builder") or {}) + _made(summary),
         "versions": ", ".join(f"{name} {value}" for name, value in (summary.get("versions") or {}).items()),
         "code": f"git {summary['git']}" if summary.get("git") else "",
@@ -165,12 +171,17 @@ def _made(summary: Summary) -> list[tuple[str, str]]:
     return [("Time", duration(summary["seconds"]))] if summary.get("seconds") is not None else []
 
 
-def _group(name: str, found: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _names(summary: Summary) -> Mapping[str, str]:
+    """What criteria are called."""
+    return (summary.get("judging") or {}).get("names") or {}
+
+
+def _group(name: str, found: list[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any]:
     title, note = _ENDS.get(name, (readable(name), ""))
-    return {"title": title, "note": note, "pairs": [_pair(each) for each in found]}
+    return {"title": title, "note": note, "pairs": [_pair(each, names) for each in found]}
 
 
-def _pair(example: Mapping[str, Any]) -> dict[str, Any]:
+def _pair(example: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     scores = example.get("chosen_score"), example.get("rejected_score")
     margin = scores[0] - scores[1] if scores[0] is not None and scores[1] is not None else None
     sides = [
@@ -178,6 +189,7 @@ def _pair(example: Mapping[str, Any]) -> dict[str, Any]:
             "side": side,
             "text": shown(example.get(side)),
             "score": "" if score is None else number(score),
+            "parts": parts(example.get(f"{side}_scores"), names),
             "cut": example.get(f"{side}_finished") is False,
         }
         for side, score in zip(("chosen", "rejected"), scores, strict=True)

@@ -1,0 +1,223 @@
+"""Whether a model's scores of itself can be trusted: ties, agreement with themselves and others, length, language."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from trainer.ledger import Row
+from trainer.pairs.building import Pair
+from trainer.pairs.rubric import Language
+
+LISTED = 20
+_SAID = 300
+Candidate = Mapping[str, Any]
+
+
+def findings(
+    rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]], language: Language, threshold: float
+) -> dict[str, Any]:
+    """What the manifest says of self-judged rows.
+
+    `answers`, `labelled`; `unread` and `repaired` (reason -> answers) and `unread_examples`; `ties`; `criteria` (each
+    score's mean, deviation, means of chosen and rejected, rank correlation with length); `with_length` of the labels;
+    `language`; `agreement` with each further scoring; `same_answers` (the same text given again by a prompt's samples).
+    Correlations are Spearman's, lengths characters; None where there is nothing to correlate.
+    """
+    every = [each for row in rows for each in row["candidates"]]
+    labelled = [each for each in every if each.get("score") is not None]
+    return {
+        "answers": len(every),
+        "labelled": len(labelled),
+        "unread": dict(Counter(each["invalid"].partition(" (")[0] for each in every if each.get("invalid"))),
+        "unread_examples": _unread(rows),
+        "repaired": dict(Counter(repair for each in every for repair in each.get("repairs", ()))),
+        "ties": _ties(rows, pairs),
+        "criteria": _by_criterion(labelled, [pair for _, pair in pairs]),
+        "with_length": {
+            "answers": len(labelled),
+            "all": spearman([(each["score"], len(each["text"])) for each in labelled]),
+            "within_prompts": _within(rows),
+        },
+        "language": _language(every, language, threshold),
+        "agreement": _agreement(labelled, [pair for _, pair in pairs]),
+        "same_answers": _same(rows),
+    }
+
+
+def spearman(points: Sequence[tuple[float, float]]) -> float | None:
+    """The rank correlation of pairs of numbers; None for fewer than three, or where one side never changes."""
+    if len(points) < 3 or any(len({each[side] for each in points}) < 2 for side in (0, 1)):
+        return None
+    # Sums of digits' shares differ in their last bits where they mean the same.
+    first, second = zip(*((round(a, 9), round(b, 9)) for a, b in points), strict=True)
+    found = float(stats.spearmanr(first, second).statistic)
+    return found if math.isfinite(found) else None
+
+
+def cyrillic_share(text: str) -> float | None:
+    """The share of Cyrillic letters among a text's letters; None where it has none."""
+    letters = [char for char in text if char.isalpha()]
+    return sum("\u0400" <= char <= "\u052f" for char in letters) / len(letters) if letters else None
+
+
+def compared(
+    own: Iterable[tuple[Candidate, float | None]], pairs: Iterable[tuple[float | None, float | None]]
+) -> dict[str, Any]:
+    """How other scores of the same answers agree with the labels.
+
+    Args:
+        own: labelled candidates with their other score; without one they are left out.
+        pairs: the other scores of chosen and rejected of each pair.
+    """
+    both = [(each["score"], other) for each, other in own if other is not None]
+    known = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
+    return {
+        "answers": len(both),
+        "spearman": spearman(both),
+        "mean_difference": statistics.fmean(other - score for score, other in both) if both else None,
+        "mean_absolute_difference": statistics.fmean(abs(other - score) for score, other in both)
+        if both
+        else None,
+        "same_rounded": _share(_rounded(score) == _rounded(other) for score, other in both),
+        "pairs": len(known),
+        "pairs_confirmed": _share(chosen > rejected for chosen, rejected in known),
+    }
+
+
+def _rounded(score: float) -> int:
+    return math.floor(score + 0.5)
+
+
+def _share(found: Iterable[bool]) -> float | None:
+    values = [float(each) for each in found]
+    return statistics.fmean(values) if values else None
+
+
+def _unread(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The first answers that no score could be read from; all of them stand in the candidates."""
+    found = (
+        {
+            "key": row["key"],
+            "sample": number,
+            "why": each["invalid"],
+            "said": each.get("said", each["text"])[:_SAID],
+        }
+        for row in rows
+        for number, each in enumerate(row["candidates"])
+        if each.get("invalid")
+    )
+    return list(itertools.islice(found, LISTED))
+
+
+def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
+    """Prompts whose answers all have one score; and of a prompt's different answers, two by two, how many have one."""
+    texts = [
+        list(
+            {
+                each["text"]: each["score"] for each in row["candidates"] if each.get("score") is not None
+            }.values()
+        )
+        for row in rows
+    ]
+    comparable = [scores for scores in texts if len(scores) > 1]
+    couples = [couple for scores in comparable for couple in itertools.combinations(scores, 2)]
+    tied = sum(len(set(scores)) == 1 for scores in comparable)
+    return {
+        "prompts": tied,
+        "of": len(comparable),
+        "share": tied / len(comparable) if comparable else None,
+        "answer_pairs": _share(a == b for a, b in couples),
+        "answer_pairs_rounded": _share(_rounded(a) == _rounded(b) for a, b in couples),
+    }
+
+
+def _by_criterion(labelled: Sequence[Candidate], pairs: Sequence[Pair]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for each in labelled for key in each["scores"]):
+        having = [each for each in labelled if key in each["scores"]]
+        values = [each["scores"][key] for each in having]
+        sides = {
+            side: [one.get("scores", {}).get(key) for one in (getattr(pair, side) for pair in pairs)]
+            for side in ("chosen", "rejected")
+        }
+        found[key] = {
+            "answers": len(values),
+            "mean": statistics.fmean(values),
+            "sd": statistics.pstdev(values),
+            **{f"{side}_mean": _mean(each) for side, each in sides.items()},
+            "with_length": spearman([(each["scores"][key], len(each["text"])) for each in having]),
+        }
+    return found
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _within(rows: Sequence[Row]) -> float | None:
+    """The mean over prompts of the correlation among a prompt's own answers: no prompt is longer than another there."""
+    found = [
+        spearman(
+            [
+                (each["score"], len(each["text"]))
+                for each in row["candidates"]
+                if each.get("score") is not None
+            ]
+        )
+        for row in rows
+    ]
+    return _mean(found)
+
+
+def _language(every: Sequence[Candidate], language: Language, threshold: float) -> dict[str, Any]:
+    """Answers by the script of their letters: the wanted one, or another."""
+    shares = [cyrillic_share(each["text"]) for each in every if each["text"].strip()]
+    known = [share if language == "ru" else 1 - share for share in shares if share is not None]
+    other = sum(share < threshold for share in known)
+    return {
+        "wanted": language,
+        "threshold": threshold,
+        "answers": len(known),
+        "without_letters": len(shares) - len(known),
+        "other": other,
+        "share": other / len(known) if known else None,
+    }
+
+
+def _agreement(labelled: Sequence[Candidate], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Of each further scoring with the label, in the order of the wordings."""
+    times = max((len(each.get("again", ())) for each in labelled), default=0)
+    return [
+        compared(
+            [(each, _again(each, time)) for each in labelled],
+            [(_again(pair.chosen, time), _again(pair.rejected, time)) for pair in pairs],
+        )
+        for time in range(times)
+    ]
+
+
+def _again(candidate: Candidate, time: int) -> float | None:
+    scores = candidate["again"][time]
+    return None if scores is None else math.fsum(scores.values()) / len(scores)
+
+
+def _same(rows: Sequence[Row]) -> dict[str, Any]:
+    """Answers that a prompt's samples gave more than once, and the share of them whose scores were the same each time.
+
+    Scores in one go are sampled with the answer, so this is the one repetition there is; scores apart follow from it.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        for each in row["candidates"]:
+            if each.get("score") is not None:
+                scores.setdefault((row["key"], each["text"]), []).append(each["score"])
+    again = [found for found in scores.values() if len(found) > 1]
+    return {"texts": len(again), "same_score": _share(len(set(found)) == 1 for found in again)}
