@@ -37,7 +37,8 @@ COMMANDS = {
         "launch.commands.pairs:main", "make preference pairs: `pairs best-of-n`, `build`, `merge`, `show`"
     ),
     "spin": Command(
-        "launch.commands.spin:main", "self-play: `spin reformat`, `generate`, `convert`, `train`, or all of it"
+        "launch.commands.spin:main",
+        "self-play: `spin reformat`, `generate`, `convert`, `train`, or all of it",
     ),
     "report": Command(
         "launch.commands.report:main", "write a run's report, or lay several runs over each other"

@@ -175,7 +175,9 @@ def run_step(
             f"stage {step.name}: its input {absent} is missing; run the stage that makes it first"
         )
     hashes, before = fingerprint(step), recorded(step)
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    several = (
+        ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    )
     command = [sys.executable, "-m", *several, "launch", *step.words]
     resumed, replaces = not force and resumes(step, before, hashes), manifest_hash(step)
     if resumed and before is not None:

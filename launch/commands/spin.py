@@ -298,7 +298,7 @@ def convert_parser() -> ArgumentParser:
     made.add_argument("--num_fracs", type=PositiveInt | None, help="Shards. Default: as many as they say.")
     made.add_argument(
         "--previous",
-        type=list[str],
+        type=str,
         nargs="+",
         default=[],
         metavar="DIR",
