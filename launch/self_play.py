@@ -8,6 +8,7 @@ is the newest adapter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -31,6 +32,7 @@ from trainer.schema import UserError
 
 LINEAGE, LAST = "lineage.json", "last"
 _STALE = ".stale"
+_EXAMPLES = 4
 
 
 def parser() -> ArgumentParser:
@@ -111,6 +113,12 @@ class Loop:
         if iteration == 1:
             return self.first.start
         return str(self.folder("train", iteration - 1) / "checkpoints" / "last")
+
+    def opponent(self, iteration: int) -> PolicyConfig:
+        start = self.start(iteration)
+        if iteration == 1 or start is None:
+            return self.first
+        return saved_policy(start, self.first.base, offline=self.given.offline)
 
     # The steps of an iteration
 
@@ -245,10 +253,10 @@ def _run(loop: Loop) -> int:
     for iteration in range(1, loop.given.iterations + 1):
         steps = [*loop.generations(iteration), loop.conversion(iteration), loop.training(iteration)]
         for step in steps:
-            if status := _do(step, loop):
+            if status := _do(step, loop, iteration):
                 return status
         check = loop.validation(iteration)
-        if status := _do(check, loop, kept=check.outputs[0]):
+        if status := _do(check, loop, iteration, kept=check.outputs[0]):
             return status
         lineage.append(_told(loop, iteration))
         _write(loop, lineage, None)
@@ -263,13 +271,14 @@ def _run(loop: Loop) -> int:
     return 0
 
 
-def _do(step: Step, loop: Loop, kept: Path | None = None) -> int:
+def _do(step: Step, loop: Loop, iteration: int, kept: Path | None = None) -> int:
     """Run a step if it is not done; returns its exit status."""
     reason = state(step, force=False)
     if reason is None:
         say(f"{step.name}: done before, skipped")
         return 0
-    _put_stale_aside(step)
+    if step.command == ("spin", "generate"):
+        _put_stale_aside(step, loop, iteration)
     say(f"{step.name}: {reason}\n  tandem {step.shown}")
     ranks = loop.given.ranks if step.name.startswith("generate") else 1
     status, _ = run_step(step, offline=loop.given.offline, ranks=ranks, kept=kept)
@@ -278,18 +287,24 @@ def _do(step: Step, loop: Loop, kept: Path | None = None) -> int:
     return status
 
 
-def _put_stale_aside(step: Step) -> None:
-    """Answers of other weights, settings or chats than now would be refused: they go to `<folder>.stale`."""
-    before = recorded(step)
-    if before is None or step.command != ("spin", "generate") or not step.folder.is_dir():
+def _put_stale_aside(step: Step, loop: Loop, iteration: int) -> None:
+    """Answers of another opponent, other settings or chats than now would be refused: they go to `.stale/`.
+
+    An opponent is known by its weights: one that was trained again to the same ones has nothing to answer anew.
+    """
+    before, settings = recorded(step), step.folder / "settings.json"
+    if before is None or not settings.is_file():
         return
-    now = fingerprint(step)
-    if any(now.get(name) != known for name, known in before["hashes"].items() if name != "code"):
-        stale = step.root / _STALE / step.name
-        shutil.rmtree(stale, ignore_errors=True)
-        stale.parent.mkdir(parents=True, exist_ok=True)
-        step.folder.rename(stale)
-        print(f"tandem: answers of other settings are put aside: {stale}", file=sys.stderr)
+    now, start = fingerprint(step), loop.start(iteration)
+    differing = {name for name, known in before["hashes"].items() if now.get(name) != known}
+    opponent = opponent_of(weights_of(loop.opponent(iteration)))["digest"]
+    if not differing - {"code", start} and read_json(settings)["opponent"]["digest"] == opponent:
+        return
+    stale = step.root / _STALE / step.name
+    shutil.rmtree(stale, ignore_errors=True)
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    step.folder.rename(stale)
+    print(f"tandem: answers of another opponent or other settings are put aside: {stale}", file=sys.stderr)
 
 
 # --- lineage ------------------------------------------------------------------------------------------------
@@ -328,7 +343,20 @@ def _told(loop: Loop, iteration: int) -> dict[str, Any]:
         "validation": {"pairs": number, **metrics},
         "accuracy_interval": interval,
         "told_apart": interval is None or interval[0] > 0.5,
+        "examples": _examples(loop.folder("convert", iteration)),
     }
+
+
+def _examples(pairs: Path) -> list[dict[str, str]]:
+    """The first test pairs (or, without a test, training pairs): the same prompts in each iteration."""
+    file = next(path for name in ("test", "train") if (path := pairs / f"{name}.jsonl").is_file())
+    found = []
+    with open(file, encoding="utf-8") as stream:
+        for line in itertools.islice(stream, _EXAMPLES):
+            row = json.loads(line)
+            said = {name: row[name][-1]["content"] for name in ("real", "generated")}
+            found.append({"prompt": row["real"][-2]["content"], **said})
+    return found
 
 
 def _interval(accuracy: float | None, pairs: int, confidence: float | None) -> list[float] | None:

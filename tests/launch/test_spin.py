@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
@@ -311,3 +312,27 @@ def test_it_stops_when_generated_can_no_longer_be_told_from_real(ready, tiny_lla
     (ready / "generate.yaml").write_text("{max_new_tokens: 4, threads: 1}\n")
     run(words, ready)
     assert (ready / "out" / ".stale" / "generate-1" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("reference", ["shared", "sharded"])
+def test_iterations_on_two_ranks_under_zero3_are_those_of_one(reference, ready, tiny_llama):
+    config(ready, "lora", reference=reference)
+    small = ["--stop_confidence", "null", "--model.optimizer.lr", "0.01", "--trainer.max_steps", "2"]
+    sharded = ["--trainer.devices", "2", "--trainer.strategy", "zero3", "--ranks", "2"]
+    run(loop(ready, tiny_llama, "one", *small), ready)
+    run(loop(ready, tiny_llama, "two", *small, *sharded), ready)
+    one, two = (json.loads((ready / name / "lineage.json").read_text()) for name in ("one", "two"))
+    assert len(two["iterations"]) == 2
+    left, right = (each["iterations"][0] for each in (one, two))
+    assert left["pairs"]["files"] == right["pairs"]["files"], "two ranks generate what one does"
+    for name in ("rewards/margins", "logps/chosen", "logps/rejected"):
+        assert left["validation"][name] == pytest.approx(right["validation"][name], abs=1e-3)
+    own, other = (
+        load_file(ready / name / "train-1/checkpoints/last/adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    assert own.keys() == other.keys()
+    assert all(torch.allclose(own[name], other[name], rtol=0, atol=1e-4) for name in own)
