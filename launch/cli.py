@@ -36,6 +36,10 @@ COMMANDS = {
     "pairs": Command(
         "launch.commands.pairs:main", "make preference pairs: `pairs best-of-n`, `build`, `merge`, `show`"
     ),
+    "spin": Command(
+        "launch.commands.spin:main",
+        "self-play: `spin reformat`, `generate`, `convert`, `train`, or all of it",
+    ),
     "report": Command(
         "launch.commands.report:main", "write a run's report, or lay several runs over each other"
     ),
@@ -135,7 +139,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if "--offline" in arguments:
         # Read by huggingface_hub and datasets when they are imported, so before any command is.
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    if name == "fit":
+    if name == "fit" or [name, *arguments[:1]] == ["spin", "train"]:
         # Until fit's handlers are there, which takes the libraries' imports, these signals wait.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     if (here := os.getcwd()) not in sys.path:

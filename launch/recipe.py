@@ -50,6 +50,7 @@ from launch.stages import (
     record_recipe,
     recorded,
 )
+from trainer.provenance import write_text
 from trainer.report.runs import duration
 from trainer.schema import UserError
 
@@ -104,9 +105,9 @@ def main(arguments: Sequence[str]) -> int:
     chosen = Choice(tuple(given.only), given.first, given.force).pick(steps)
     if given.dry_run:
         for step in chosen:
-            print(f"{step.name}: {_state(step, given.force) or 'done'}\n  tandem {step.shown}")
+            print(f"{step.name}: {state(step, given.force) or 'done'}\n  tandem {step.shown}")
         return 0
-    with _lock(steps[0].root):
+    with locked(steps[0].root):
         typed = shlex.join(["tandem", "run", *arguments])
         record_recipe(recipe, steps[0].root, [typed, *(f"tandem {step.shown}" for step in steps)])
         return _run_all(recipe, steps, chosen, given.force, given.offline)
@@ -128,22 +129,22 @@ def _run_all(
     seconds: dict[str, float] = {}
     skipped = []
     for number, step in enumerate(chosen, start=1):
-        reason = _state(step, force)
+        reason = state(step, force)
         if reason is None:
             skipped.append(step.name)
-            _say(f"[{number}/{len(chosen)}] {step.name}: done before, skipped")
+            say(f"[{number}/{len(chosen)}] {step.name}: done before, skipped")
             continue
-        _say(f"[{number}/{len(chosen)}] {step.name}: {reason}\n  tandem {step.shown}")
-        exit_status, seconds[step.name] = _run(step, force, offline)
+        say(f"[{number}/{len(chosen)}] {step.name}: {reason}\n  tandem {step.shown}")
+        exit_status, seconds[step.name] = run_step(step, force, offline)
         if exit_status:
-            _say(f"tandem: stage {step.name} ended with exit status {exit_status}; go on by the same command")
+            say(f"tandem: stage {step.name} ended with exit status {exit_status}; go on by the same command")
             return exit_status
     for line in ending(recipe, chosen, seconds, skipped):
-        _say(line)
+        say(line)
     return 0
 
 
-def _state(step: Step, force: bool) -> str | None:
+def state(step: Step, force: bool) -> str | None:
     """Why the step has to run, or None if it is done."""
     if force:
         return "forced"
@@ -154,20 +155,30 @@ def _state(step: Step, force: bool) -> str | None:
         return f"{before['status']} last time"
     if absent := [path for path in step.outputs if not path.exists()]:
         return f"{absent[0]} is missing"
-    if step.command[0] == "fit" and (state := status(step.folder)) != "finished":
-        return f"its manifest says {state}"
+    if step.command[0] == "fit" and (told := status(step.folder)) != "finished":
+        return f"its manifest says {told}"
     differs = changed(before["hashes"], fingerprint(step))
     return f"runs again, since {differs} changed" if differs else None
 
 
-def _run(step: Step, force: bool, offline: bool) -> tuple[int, float]:
-    """Run one step in a process of its own; returns its exit status and its wall time in seconds."""
+def run_step(
+    step: Step, force: bool = False, offline: bool = False, ranks: int = 1, kept: Path | None = None
+) -> tuple[int, float]:
+    """Run one step in a process of its own; returns its exit status and its wall time in seconds.
+
+    Args:
+        ranks: above 1, so many processes on this machine, by torchrun.
+        kept: file for what it prints on stdout; written when it has ended well.
+    """
     if absent := missing(step):
         raise UserError(
             f"stage {step.name}: its input {absent} is missing; run the stage that makes it first"
         )
     hashes, before = fingerprint(step), recorded(step)
-    command = [sys.executable, "-m", "launch", *step.words]
+    several = (
+        ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    )
+    command = [sys.executable, "-m", *several, "launch", *step.words]
     resumed, replaces = not force and resumes(step, before, hashes), manifest_hash(step)
     if resumed and before is not None:
         replaces = before.get("replaces")
@@ -177,7 +188,9 @@ def _run(step: Step, force: bool, offline: bool) -> tuple[int, float]:
         command.append("--offline")
     record(step, "running", hashes, replaces)
     began = time.monotonic()
-    exit_status = _process(command)
+    exit_status, printed = _process(command, kept is not None)
+    if kept is not None and exit_status == 0:
+        write_text(kept, printed)
     seconds = time.monotonic() - began
     absent_outputs = [path for path in step.outputs if not path.exists()]
     done = exit_status == 0 and not absent_outputs
@@ -210,9 +223,13 @@ def manifest_hash(step: Step) -> str | None:
     return content_hash(path) if path.is_file() else None
 
 
-def _process(command: list[str]) -> int:
-    """Run a command; Ctrl-C, SIGTERM and SIGUSR1 reach it, and its exit status comes back (128 + n for signal n)."""
-    process = subprocess.Popen(command)
+def _process(command: list[str], captured: bool = False) -> tuple[int, str]:
+    """Run a command; Ctrl-C, SIGTERM and SIGUSR1 reach it.
+
+    Its exit status comes back (128 + n for signal n), and if `captured` what it printed on stdout.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE if captured else None, text=True)
+    printed = ""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -223,8 +240,9 @@ def _process(command: list[str]) -> int:
     try:
         while True:
             try:
-                returned = process.wait()
-                return returned if returned >= 0 else 128 - returned
+                printed += process.communicate()[0] or ""
+                returned = process.returncode
+                return (returned if returned >= 0 else 128 - returned), printed
             except KeyboardInterrupt:
                 # The terminal sent it to the stage too: let it save and end by itself.
                 continue
@@ -247,7 +265,7 @@ def ending(
 
 
 @contextlib.contextmanager
-def _lock(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
     """Keep a second `tandem run` out of the same folder; the lock goes with the process, however it ends."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as stream:
@@ -260,5 +278,5 @@ def _lock(root: Path) -> Iterator[None]:
         yield
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, flush=True)

@@ -36,6 +36,9 @@ def dpo_loss(h: PerPair, beta: float, label_smoothing: float = 0.0) -> PerPair:
 
     `label_smoothing` is the assumed share of flipped labels: conservative DPO (cDPO), Mitchell 2023
     (https://ericmitchell.ai/cdpo.pdf), equation 3.
+
+    With real answers chosen, and the reference being the opponent that generated the rejected ones, it is SPIN's
+    objective with the logistic loss, beta its lambda. Chen et al. 2024 (arXiv:2401.01335), equation 4.7.
     """
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
@@ -55,7 +58,10 @@ def ipo_loss(h: PerPair, beta: float) -> PerPair:
 
 
 def hinge_loss(h: PerPair, beta: float) -> PerPair:
-    """Hinge on the normalised margin: max(0, 1 - beta h). Liu et al. 2023 (RSO, arXiv:2309.06657), equation 10."""
+    """Hinge on the normalised margin: max(0, 1 - beta h). Liu et al. 2023 (RSO, arXiv:2309.06657), equation 10.
+
+    Against the opponent it is SPIN's objective with the hinge loss (arXiv:2401.01335, equation 4.7).
+    """
     return F.relu(1 - beta * h)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,14 @@ def sha256_text(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all: to a temporary neighbour, flushed to disk, renamed."""
+def write_text(path: str | Path, text: str | Iterable[str]) -> None:
+    """Write a text file (or its pieces) whole or not at all: to a temporary neighbour, flushed to disk, renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines([text] if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -18,9 +18,11 @@ from launch.commands import evaluate_reward as reward_command
 from launch.commands import evaluate_win_rate as win_rate_command
 from launch.commands import pairs as pairs_command
 from launch.commands import scratch as scratch_command
+from launch.commands import spin as spin_command
 from launch.commands.evaluate_letters import parser as evaluation
 from launch.errors import check_yaml
 from launch.fit import TandemCLI
+from launch.self_play import parser as self_play_parser
 from launch.sources import text_source
 from launch.stages import load_recipe, plan
 from tests.launch.helpers import ROOT
@@ -43,6 +45,8 @@ COMMANDS = {
     "oasst_ru/*pairs*.yaml": lambda: pairs_command.build_parser("self-judge"),
     "imdb/*evaluation*.yaml": reward_command.parser,
     "hh_rlhf/win_rate.yaml": win_rate_command.parser,
+    "spin/chats.yaml": spin_command.reformat_parser,
+    "spin/generate.yaml": spin_command.generate_parser,
     "*/tiny_generator.yaml": lambda: scratch_command.model_parser("generator"),
     "*/tiny_reward.yaml": lambda: scratch_command.model_parser("classifier"),
 }
@@ -211,3 +215,32 @@ def test_llama_has_the_published_settings(stage):
     texts = data.source.init_args.texts
     assert texts.init_args.dataset == "MoritzLaurer/multilingual-NLI-26lang-2mil7"
     assert texts.init_args.split == "ru_mnli"
+
+
+def test_spin_has_the_published_settings():
+    config = parsed("configs/spin/published.yaml").config
+    model, data = config.model.init_args, config.data.init_args
+    assert (model.optimizer.name, model.optimizer.lr, model.objective.beta) == ("rmsprop", 5e-7, 0.1)
+    assert (model.schedule.name, model.schedule.warmup_ratio) == ("linear", 0.1)
+    assert (config.trainer.max_epochs, data.max_length) == (3, 1024)
+
+
+@pytest.mark.parametrize("name", ["published", "lora", "ia3"])
+def test_the_opponent_is_what_the_main_player_starts_as(name):
+    model = parsed(f"configs/spin/{name}.yaml").config.model.init_args
+    assert (model.objective.loss, model.reference.adapter) == ("sigmoid", "start")
+    assert (model.reference.kind == "sharded") == (model.policy.adapter is None)
+
+
+@pytest.mark.parametrize("recipe", ["recipe", "zephyr_7b"])
+def test_the_recipes_of_spin_play_all_iterations(recipe):
+    """Their first opponent is what SFT made, or the base, and they end with a lineage."""
+    steps = {step.name: step for step in plan(load_recipe(CONFIGS / "spin" / f"{recipe}.yaml"), {})}
+    given = self_play_parser().parse_args(list(steps["self_play"].words[2:]))
+    assert (given.iterations, given.input_dir) == (3, str(steps["formatted"].folder))
+    assert given.model == (
+        f"{steps['sft'].folder}/checkpoints/best"
+        if "sft" in steps
+        else "alignment-handbook/zephyr-7b-sft-full"
+    )
+    assert steps["self_play"].folder / "lineage.json" in steps["self_play"].outputs

@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.policy.batches import logits, pair_batch
 from tests.policy.test_load import save_plain
 from trainer.policy.adapters import POLICY, AdapterConfig
-from trainer.policy.load import PolicyConfig, load_frozen, load_policy, trained_state
+from trainer.policy.load import PolicyConfig, load_frozen, load_policy, saved_policy, trained_state
 from trainer.policy.logprobs import pair_logps
 from trainer.policy.reference import ReferenceConfig, build_reference
 from trainer.schema import UserError
@@ -161,3 +162,30 @@ def test_what_cannot_be_a_reference_is_refused(tiny_llama, tmp_path):
         build_reference(ReferenceConfig("shared", "/nowhere"), config, load_policy(config))
     reference = build_reference(ReferenceConfig("sharded", str(lora)), config, load_policy(config))
     assert reference.describe()["fingerprint"]["start"]["path"] == str(lora.resolve())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kind", ["ia3", "lora"])
+@pytest.mark.parametrize("reference_kind", KINDS)
+def test_an_opponent_from_its_frozen_adapter_is_the_merged_previous_model(
+    models, tmp_path, family, kind, reference_kind
+):
+    """Self-play: nothing is lost by never merging the last iteration's adapter into the base."""
+    base = models(family)
+    previous = save_plain(base, tmp_path / "previous", PEFT_CONFIGS[kind])
+    if kind == "lora":  # updates as large as the weights, not a hundred times: float32 has seven digits
+        file = previous / "adapter_model.safetensors"
+        save_file({name: 0.1 * tensor for name, tensor in load_file(file).items()}, file)
+    merged = load_frozen(saved_policy(previous, str(base))).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    merged = pair_logps(load_frozen(PolicyConfig(str(tmp_path / "merged"), None)), pair_batch())
+    config = PolicyConfig(str(base), AdapterConfig(kind=kind), str(previous))
+    policy = load_policy(config)
+    opponent = build_reference(ReferenceConfig(reference_kind, "start"), config, policy)
+    start = pair_logps(policy, pair_batch())
+    move(policy)
+    expected = torch.cat([merged.chosen, merged.rejected])
+    torch.testing.assert_close(both(opponent), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([start.chosen, start.rejected]), expected, rtol=0, atol=1e-5)
+    moved = pair_logps(policy, pair_batch())
+    assert (torch.cat([moved.chosen, moved.rejected]) - expected).abs().max() > 1e-3

@@ -12,7 +12,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from trainer.provenance import sha256_text
 from trainer.schema import Message, UserError
+
+MARK = "where the words stand"
+"""Words that show what a chat template puts around any."""
 
 
 def render_prompt(
@@ -47,14 +51,43 @@ def render(
     return opening, closings
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], origin: str, add_generation_prompt: bool
+def template_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what renders a chat: the template, and the tokens of begin and end that it may write.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    _require_template(tokenizer, "chat")
+    template = tokenizer.get_chat_template()
+    return sha256_text(template, str(tokenizer.bos_token), str(tokenizer.eos_token))
+
+
+def bare_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], drawn: str, origin: str = "prompt"
 ) -> str:
+    """The words of an answer that was drawn behind a rendered prompt, without what the template puts around them.
+
+    Rendered again they give what was drawn: Llama-2's template writes a space before and behind an answer, and a model
+    that has learned from it draws both.
+    """
+    _, (sample,) = render(tokenizer, prompt, [[{"role": "assistant", "content": MARK}]], origin)
+    before, _, after = sample.partition(MARK)
+    after = after.partition(tokenizer.eos_token)[0] if isinstance(tokenizer.eos_token, str) else after
+    return drawn.removeprefix(before).removesuffix(after)
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{origin}: holds chat messages, but the tokenizer of {tokenizer.name_or_path or 'the model'} "
             f"has no chat template; use a chat model's tokenizer, or give plain text"
         )
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], origin: str, add_generation_prompt: bool
+) -> str:
+    _require_template(tokenizer, origin)
     if not messages:
         raise UserError(f"{origin}: has no message in its prompt; a chat's prompt should hold at least one")
     try:

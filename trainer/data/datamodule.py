@@ -136,6 +136,7 @@ class _AlignmentData(L.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         splits: tuple[Split, ...] = ("train", "validation") if stage == "fit" else ("validation",)
+        self._check_tokenizer()
         for split in splits:
             if split not in self.examples:
                 self._load(split)
@@ -190,6 +191,11 @@ class _AlignmentData(L.LightningDataModule):
             assert self.trainer is not None, "attach the datamodule to a Trainer, or set its tokenizer"
             self.tokenizer = cast(Tokenizer, self.trainer.lightning_module.tokenizer)
         return self.tokenizer
+
+    def _check_tokenizer(self) -> None:
+        """Have the source refuse a tokenizer that its records were not made for."""
+        if (check := getattr(self.source, "check_tokenizer", None)) is not None:
+            check(self._ready_tokenizer())
 
     def laid(self, split: Split) -> Laid:
         """A split's examples, laid into rows as they are asked for."""

@@ -66,6 +66,9 @@ class Source(Protocol):
     settings and code, without reading records; tokens are then cached, and found again by it. A class that inherits
     `fingerprint` has to define its own for that: what it does with the records, and with what it imports, is known to
     it alone.
+
+    And two that refuse, by a `UserError`, what its records were not made for: `check_tokenizer(tokenizer)` before they
+    are tokenised, `check_reference(fingerprint)` before a preference run is trained against that reference.
     """
 
     prompt_template: str | None

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.chat import render, render_prompt
+from trainer.data.chat import MARK, render, render_prompt
 from trainer.schema import (
     Demonstration,
     Message,
@@ -31,8 +31,6 @@ from trainer.schema import (
 # start, nor were threads: reading and checking records is the rest, and a chunk of 250 is as fast as one of 1,000.
 _CHUNK = 250
 _ANCHOR = "\n"
-_MARK = "where the words stand"
-"""Words that show what a chat template puts around any."""
 
 Tokenizer = PreTrainedTokenizerBase
 R = TypeVar("R", Preference, Demonstration)
@@ -145,10 +143,15 @@ def tokenize_prompt(prompt: Text, tokenizer: Tokenizer, origin: str = "prompt") 
     return _Encoder(tokenizer).prompts([text], [plain], [origin])[0]
 
 
-def tokenize_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """`tokenize_prompt` of many plain texts, in one batch."""
-    origins = [f"prompt {prompt[:40]!r}" for prompt in prompts]
-    return _Encoder(tokenizer).prompts(prompts, [True] * len(prompts), origins)
+def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[list[int]]:
+    """`tokenize_prompt` of many prompts, in one batch."""
+    plain = [isinstance(prompt, str) for prompt in prompts]
+    origins = [f"prompt {(p if isinstance(p, str) else p[-1]['content'])[:40]!r}" for p in prompts]
+    texts = [
+        prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, origin)
+        for prompt, origin in zip(prompts, origins, strict=True)
+    ]
+    return _Encoder(tokenizer).prompts(texts, plain, origins)
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
@@ -213,7 +216,7 @@ def _texts(record: R, fields: tuple[str, ...], tokenizer: Tokenizer, origin: str
     for i, field in enumerate(fields):
         if not _is_finished(record, field):
             *before, last = _turns(completions[i])
-            marked: Message = {"role": last["role"], "content": _MARK}
+            marked: Message = {"role": last["role"], "content": MARK}
             _, (sample,) = render(tokenizer, record.prompt, [[*before, marked]], origin)
             closings[i] = _cut_off(closings[i], sample, last["content"].strip(), field, origin)
     return opening, closings
@@ -230,7 +233,7 @@ def _cut_off(closing: str, sample: str, words: str, field: str, origin: str) -> 
 
     `sample` is the same turn with a mark for words: what stands behind the mark is the template's.
     """
-    _, found, suffix = sample.rpartition(_MARK)
+    _, found, suffix = sample.rpartition(MARK)
     spoken = closing.removesuffix(suffix).rstrip()
     if not found or not closing.endswith(suffix) or not spoken.endswith(words):
         raise UserError(

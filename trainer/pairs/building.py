@@ -7,7 +7,6 @@ and, when no prompt is missing any more, `candidates.jsonl`, `pairs.jsonl` (for 
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from trainer.ledger import Ledger, Row
 from trainer.pairs.prompts import Prompt, Prompts
+from trainer.pairs.ranks import agreed, gathered, rank, ranks
 from trainer.provenance import (
     git_revision,
     read_json,
@@ -142,16 +141,16 @@ def build(
     found = builder.prompts()
     told = "".join(_line({"key": prompt.key, "prompt": prompt.text}) for prompt in found.prompts)
     follows = {**builder.describe(), "prompts": sha256_text(told)}
-    speaks = _rank() == 0
-    with Ledger(output, follows, f"{shard.number}-of-{shard.of}.{_rank()}") as ledger:
+    speaks = rank() == 0
+    with Ledger(output, follows, f"{shard.number}-of-{shard.of}.{rank()}") as ledger:
         if speaks:
             about = {"settings": settings, "prompts": found.counts, "read": found.hashes}
             _write_once(output / PROMPTS, told)
             _write_once(output / ABOUT, json.dumps(about, ensure_ascii=False, indent=2) + "\n")
         mine = shard.deal(found.prompts)
-        missing = set(_agreed(ledger.missing(prompt.key for prompt in mine)))
+        missing = set(agreed(ledger.missing(prompt.key for prompt in mine)))
         left = [prompt for prompt in mine if prompt.key in missing]
-        new = sum(_gathered(_make(builder, ledger, left, len(mine), progress and speaks)))
+        new = sum(gathered(_make(builder, ledger, left, len(mine), progress and speaks)))
     # All parts are read again: other shards may have ended meanwhile.
     absent = Ledger(output, follows).missing(prompt.key for prompt in found.prompts) if speaks else []
     manifest = merge(builder, output, begun) if speaks and not absent else None
@@ -218,8 +217,8 @@ def read_about(output: Path) -> dict[str, Any]:
 
 def _make(builder: PairBuilder, ledger: Ledger, left: list[Prompt], whole: int, progress: bool) -> int:
     """Have the rows made and kept; returns how many this rank has made."""
-    new, ranks = 0, _ranks()
-    share, done = -(-len(left) // ranks), -(-(whole - len(left)) // ranks)
+    new, sharing = 0, ranks()
+    share, done = -(-len(left) // sharing), -(-(whole - len(left)) // sharing)
     bar = tqdm(
         total=done + share,
         initial=done,
@@ -302,47 +301,4 @@ def _paired(builder: PairBuilder, row: Row, counts: Counter[str]) -> Pair | None
         raise UserError(
             f"{type(builder).__qualname__}: makes nothing of the row {row['key']!r}"
             f" ({type(error).__name__}: {error}); if someone changed it, remove its line in parts/"
-        ) from error
-
-
-# --- ranks --------------------------------------------------------------------------------------------------
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _agreed(keys: list[str]) -> list[str]:
-    """What the first rank says: another shard may write while they read."""
-    if _ranks() == 1:
-        return keys
-    said = [keys]
-    with _losing_a_rank():
-        torch.distributed.broadcast_object_list(said)
-    return said[0]
-
-
-def _gathered(value: int) -> list[int]:
-    """Every rank's value, when all of them have come here."""
-    if _ranks() == 1:
-        return [value]
-    found = [0] * _ranks()
-    with _losing_a_rank():
-        torch.distributed.all_gather_object(found, value)
-    return found
-
-
-@contextlib.contextmanager
-def _losing_a_rank() -> Iterator[None]:
-    """A rank that fails ends at once, with its error; those that wait for it say that it is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(
-            f"rank {_rank()} of {_ranks()} lost another one; that one's own output says why. What was made is kept,"
-            " and the same command goes on"
         ) from error

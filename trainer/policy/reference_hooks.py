@@ -33,6 +33,13 @@ class ReferenceHooks(L.LightningModule):
         return self.reference
 
     @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
+        if (check := getattr(source, "check_reference", None)) is not None:
+            check(self._known_reference.origin["fingerprint"])
+
+    @override
     def on_train_start(self) -> None:
         super().on_train_start()
         self._known_reference.open(self.run_folder, new=self.trainer.global_step == 0)

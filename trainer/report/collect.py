@@ -30,6 +30,7 @@ MAX_POINTS = 1000
 _HALVES = re.compile("[\ud800-\udfff]")
 _EVALUATIONS = {"rewards": "reward.json", "win_rates": "win_rate.json"}
 _SCRATCH = "scratch.json"
+_LINEAGE = "lineage.json"
 _SIGNS = (
     "manifest.json",
     "evaluation.json",
@@ -39,7 +40,7 @@ _SIGNS = (
     "metrics.csv",
     "events.out.tfevents*",
 )
-_PARTS = ("stages", *_EVALUATIONS, "pairs", "curves", "runs", "made", "samples")
+_PARTS = ("stages", *_EVALUATIONS, "pairs", "self_play", "curves", "runs", "made", "samples")
 
 
 def collect(
@@ -54,7 +55,7 @@ def collect(
     how to repeat it all. Keys: title, recipe, created, report (the code that made this report), commands,
     published; and by stage's name stages (evaluations of letters), curves, runs (manifests: what trained it),
     samples. Where there are any, also rewards and win_rates (evaluations), pairs (what lies in them) and made
-    (manifests of what is neither a run nor pairs, such as models from scratch).
+    (manifests of what is neither a run nor pairs, such as models from scratch), and self_play (its lineages).
     Raises `UserError` if the folder is missing or holds no run, or a file in it is not valid JSON.
     """
     root = Path(folder)
@@ -85,6 +86,7 @@ def collect(
             "samples": {stage: samples for stage, path in stages.items() if (samples := _samples(path))},
         }
         | _beyond_letters(stages, manifests)
+        | _lineages(root)
     )
 
 
@@ -93,9 +95,18 @@ def _beyond_letters(stages: dict[str, Path], manifests: dict[str, Any]) -> Repor
     found = {part: _read_each(stages, name) for part, name in _EVALUATIONS.items()}
     pairs = [stage for stage, made in manifests.items() if _kind(made) == "pairs"]
     found["pairs"] = {stage: pairs_of_folder(stages[stage]) for stage in pairs}
-    others = {stage: made for stage, made in manifests.items() if _kind(made) not in ("run", "pairs")}
+    known = ("run", "pairs", "spin_pairs")  # a lineage tells of the last
+    others = {stage: made for stage, made in manifests.items() if _kind(made) not in known}
     found["made"] = others | _read_each(stages, _SCRATCH)
     return {part: each for part, each in found.items() if each}
+
+
+def _lineages(root: Path) -> Report:
+    """Self-play's iterations (`lineage.json`), of this folder or of those in it."""
+    found = {path.resolve().parent.name: read_json(path) for path in sorted(root.glob(f"*/{_LINEAGE}"))}
+    if (root / _LINEAGE).is_file():
+        found[root.resolve().name] = read_json(root / _LINEAGE)
+    return {"self_play": found} if found else {}
 
 
 def _kind(manifest: Any) -> str:

@@ -12,6 +12,7 @@ from trainer.report import reward_view, win_rate_view
 from trainer.report.pairs_view import headline as pairs_headline
 from trainer.report.pairs_view import pairs_view
 from trainer.report.runs import describe, machine, provenance
+from trainer.report.self_play_view import self_play_view
 from trainer.report.texts import facts, kept, readable
 
 Report = Mapping[str, Any]
@@ -102,6 +103,7 @@ def view(report: Report) -> dict[str, Any]:
         "published": _published_rates(report, stages),
         "rewards": reward_view.reward_view(report.get("rewards") or {}, called),
         "win_rates": win_rate_view.win_rate_view(report.get("win_rates") or {}, called),
+        "self_play": self_play_view(report.get("self_play") or {}),
         "pairs": [pairs_view(each, name) for name, each in _pairs(report).items()],
         "made": [_made(report, name, made) for name, made in (report.get("made") or {}).items() if made],
         "examples": pieces[: 2 * EXAMPLES],
