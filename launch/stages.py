@@ -100,8 +100,8 @@ class Step:
 
     @property
     def record(self) -> Path:
-        """Where it is written down that the step is done."""
-        return self.root / "stages" / f"{self.name}.json"
+        """Where it is written down that the step is done; no step's name makes it look like a run's own file."""
+        return self.root / "stages" / f"{self.name}.stage.json"
 
     def called(self, name: str) -> bool:
         """Whether `name` means this step: its own name, or that of a repeated stage."""

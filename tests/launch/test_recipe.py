@@ -18,6 +18,7 @@ from launch.recipe import ending, manifest_hash, resumes
 from launch.stages import changed, code_hash, fingerprint, load_recipe, plan, record, recorded
 from tests.launch.helpers import ROOT, fit_config
 from trainer.checkpoint import verify
+from trainer.report.collect import collect
 from trainer.schema import UserError
 
 
@@ -179,8 +180,15 @@ def test_a_failing_stage_ends_the_recipe_with_its_status(runner, tmp_path):
     assert "stage one ended with exit status 2" in out
     assert "[2/2]" not in out
     assert "tandem: error: --prompt" in err
-    assert json.loads((tmp_path / "out" / "stages" / "one.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "out" / "stages" / "one.stage.json").read_text())["status"] == "failed"
     assert "one: failed last time" in runner(stages)[1]
+
+
+@pytest.mark.parametrize("name", ["reward", "manifest", "evaluation", "win_rate", "scratch"])
+def test_a_stage_may_have_the_name_of_a_file_that_reports_read(runner, tmp_path, name):
+    assert runner([{"name": name, **VERSION}])[0] == 0
+    with pytest.raises(UserError, match="holds no run"):
+        collect(tmp_path / "out")
 
 
 def test_a_missing_input_and_a_missing_output_are_named(runner):
@@ -220,7 +228,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(tmp_path, tiny_llama, capfd):
     assert "Traceback" not in told
     assert told.count("tandem: Ctrl-C: stopped at step") == 1
     verify(out / "one" / "checkpoints" / "last")
-    record = json.loads((out / "stages" / "one.json").read_text())
+    record = json.loads((out / "stages" / "one.stage.json").read_text())
     assert record["status"] == "interrupted"
     # A stage that stands as interrupted, with nothing changed since, is resumed.
     reached = json.loads((out / "one" / "manifest.json").read_text())["step"]
