@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -306,6 +307,48 @@ def test_what_was_mended_is_named() -> None:
     assert read_estimate("Париж, 5", "plain").repairs == ()
 
 
+@pytest.mark.parametrize(
+    ("said", "form", "reason"),
+    [
+        ("Paris, fıve", "plain", "no_score"),
+        ("Paris, fİve", "plain", "no_score"),
+        ('{"answer": "Paris", "estimate": "fıve"}', "json", "no_score"),
+        ('{"answer": "раз", "два", "estimate": 5}', "json", "malformed"),
+        ('{"answer": "раз" + "два", "estimate": 5}', "json", "malformed"),
+        ('{"answer": "Париж". "estimate": 5}', "json", "malformed"),
+        ('{"answer": "Париж"], "estimate": 5}', "json", "malformed"),
+        ('{"answer": """Париж""", "estimate": 5}', "json", "malformed"),
+        ('{"answer": "Париж", "estimate": 2, "краткость": 5, "полезность": 5, "точность": 5, "ясность": 5,'
+         ' "лаконичность": 5}', "json", "several_scores"),
+        ("**4.** четыре\n\n5", "plain", "several_scores"),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_one(said, form, reason) -> None:
+    assert read_estimate(said, form, RU) == Unreadable(reason)
+
+
+def test_unescaped_quotes_in_pairs_are_the_answer_s_own() -> None:
+    found = read_estimate('{"answer": "Он сказал "да".", "estimate": 5}', "json")
+    assert found == Estimate('Он сказал "да".', (5,), ("mended_json",))
+
+
+@pytest.mark.parametrize("blank", ["\n", " ", " \n"])
+@pytest.mark.parametrize(
+    "around",
+    [
+        ("Париж", "конец"), ("Париж, 5", "конец"), ("Париж. Оценка", "конец"), ("Париж, ", "5"),
+        ('{"answer": "a", "estimate": ', "x{"), ('{"answer": "a"', "x{"), ('{"estimate": 5', '"answer": "a'),
+        ('{"answer": "a", "estimate": 5', "}"), ("Краткость", "5x"),
+    ],
+)  # fmt: skip
+def test_long_runs_of_blanks_take_no_time(blank, around) -> None:
+    said = (blank * 4000).join(around)
+    start = time.process_time()
+    for form in ("plain", "json"):
+        read_estimate(said, form, RU)
+    assert time.process_time() - start < 5
+
+
 WORDS = {1: ("один", "одна", "единица", "one"), 2: ("два", "две", "двойка", "two"), 3: ("три", "тройка", "three"),
          4: ("четыре", "четв", "four"), 5: ("пять", "пят", "five")}  # fmt: skip
 PIECES = st.sampled_from(
@@ -313,7 +356,7 @@ PIECES = st.sampled_from(
         *READ_JSON, *READ_PLAIN, *(s for s in (*UNREAD_JSON, *UNREAD_PLAIN) if len(s) < 200),
         "{", "}", '"', "'", "\\", '\\"', "\\u0041", "\\ud800", ",", ":", "[", "]", "```", "\n", " ", "**", "Оценка",
         '{"answer": "', '", "estimate": ', '"answer"', '"estimate"', "Score: ", "5", "4,5", "0", "-1", "/5",
-        "Ответ", "из пяти", "три", "Краткость: ", "x", "Ясность", "NaN", "1e400", "９", "٣", "\x00", "\ud800",
+        "Ответ", "из пяти", "три", "Краткость: ", "x", "Ясность", "NaN", "1e400", "fıve", "fİve", "ᲂдин", ", ", "９", "٣", "\x00", "\ud800",
     ]
 )  # fmt: skip
 SHAPES = [*READ_JSON, *READ_PLAIN, *(said for said in (*UNREAD_JSON, *UNREAD_PLAIN) if len(said) < 200)]

@@ -12,8 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from trainer.pairs.said_scores import ALONE, LABEL, MARKS, SAID, VALUE, NoEstimate, score_alone, score_of
+
 Form = Literal["plain", "json"]
-LOWEST, HIGHEST = 1.0, 5.0
+_ROUNDED = 0.5
+"""So far a score of the whole may be from the mean of those by criterion."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,10 +54,6 @@ REASONS = {
 }
 
 
-class _No(Exception):
-    """Carries a reason of `REASONS` out of the reading."""
-
-
 def read_estimate(
     said: str, form: Form, criteria: Sequence[str] = (), finished: bool = True
 ) -> Estimate | Unreadable:
@@ -66,7 +65,7 @@ def read_estimate(
     """
     try:
         found = _read(said, form, criteria, finished)
-    except _No as why:
+    except NoEstimate as why:
         return Unreadable(str(why))
     if any("\ud800" <= char <= "\udfff" for char in found.answer):
         return Unreadable("broken_text")
@@ -76,89 +75,41 @@ def read_estimate(
 def _read(said: str, form: Form, criteria: Sequence[str], finished: bool) -> Estimate:
     text = said.strip()
     if not text:
-        raise _No("empty")
+        raise NoEstimate("empty")
     found = _Objects(text, criteria, finished).read()
     repairs = ["code_fence"] if "```" in text and (found or text.startswith("```")) else []
     if found is not None:
         repairs += ["other_form"] if form == "plain" else []
     else:
         if not finished:
-            raise _No("cut")
+            raise NoEstimate("cut")
         fenced = _FENCED.fullmatch(text)
         found = _plain(fenced[1].strip() if fenced else text, criteria, labelled=form == "json")
         repairs += ["other_form"] if form == "json" else []
     return dataclasses.replace(found, repairs=(*repairs, *found.repairs))
 
 
-# --- scores -------------------------------------------------------------------------------------------------
-
-_WORDS = {
-    **dict.fromkeys(("один", "одна", "единица", "one"), "1"),
-    **dict.fromkeys(("два", "две", "двойка", "two"), "2"),
-    **dict.fromkeys(("три", "тройка", "three"), "3"),
-    **dict.fromkeys(("четыре", "четвёрка", "четверка", "four"), "4"),
-    **dict.fromkeys(("пять", "пятёрка", "пятерка", "five"), "5"),
-}
-_DIGITS = r"[0-9]{1,9}(?:[.,][0-9]{1,9})?"
-_SAID = rf"(?:[-−]?{_DIGITS}|{'|'.join(_WORDS)})"
-_SCALE = rf"(?:\s?/\s?|\s+(?:из|out\s+of|of)\s+)(?:{_DIGITS}|пяти|десяти|five|ten)"
-_UNIT = r"\s*(?:балл(?:а|ов|ы)?|points?)"
-# No digit or letter goes on behind it, nor a percent sign, a range or half a point.
-_VALUE = (
-    rf"(?P<said>{_SAID})(?P<scale>{_SCALE})?(?P<unit>{_UNIT})?"
-    r"(?![\w%+]|\s?[-–—/][0-9]|-\w|[.,][0-9]|\s+с\s+половиной|\s+and\s+a\s+half)"
-)
-_MARKS = r"[\s*_`~\"'«»“”\[\]()<>]*"
-_KIND = r"(?:(?:итоговая|средняя|общая|моя|final|overall|average|my)\s+)?"
-_RANGE = r"(?:\s*\(?(?:от\s+|from\s+|по\s+шкале\s+от\s+)?1\s*(?:-|–|до|to)\s*5\)?)?"
-_LABEL = rf"{_KIND}(?:(?:само)?оценка(?:\s+ответа)?|балл|score|estimate|rating|grade){_RANGE}"
-_ALONE = re.compile(
-    rf"{_MARKS}(?:{_LABEL}\s*[:=—–]\s*)?{_VALUE}{_MARKS}[.;!,]?{_MARKS}(?:\([^()0-9]*\))?", re.IGNORECASE
-)
-
-
-def _score(found: re.Match[str]) -> tuple[float, list[str]]:
-    """The score of a match of `_VALUE`, and what was mended."""
-    said, scale = found["said"].lower(), found["scale"]
-    repairs = ["number_word"] if said in _WORDS else ["decimal_comma"] if "," in said else []
-    if scale is not None:
-        repairs.append("scale")
-        whole = re.split(r"[/\s]+", scale.strip(" /"))[-1].lower()
-        if whole not in ("5", "5.0", "5,0", "пяти", "five"):
-            raise _No("other_scale")
-    value = float(_WORDS.get(said, said).replace(",", ".").replace("−", "-"))
-    if not LOWEST <= value <= HIGHEST:
-        raise _No("out_of_range")
-    return value, repairs
-
-
-def _score_alone(text: str) -> tuple[float, list[str]]:
-    """The score of a text that should hold nothing else."""
-    found = _ALONE.fullmatch(text.strip())
-    if found is None:
-        raise _No("several_scores" if len(re.findall(_DIGITS, text)) > 1 else "no_score")
-    return _score(found)
-
-
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 _ANSWER_KEYS, _SCORE_KEYS = ("answer", "ответ"), ("estimate", "estimation", "score", "rating", "оценка")
 _QUOTE, _OPEN, _CLOSE = r"[\"'“”«»]?", r"[\"'“”«„]", r"[\"'“”»]"
-_ANSWER_KEY = rf"{_QUOTE}(?:{'|'.join(_ANSWER_KEYS)}){_QUOTE}\s*[:=]\s*"
-_SCORE_KEY = rf"{_QUOTE}(?:{'|'.join(_SCORE_KEYS)}){_QUOTE}\s*[:=]\s*"
+_ANSWER_KEY = rf"{_QUOTE}(?:{'|'.join(_ANSWER_KEYS)}){_QUOTE}\s*+[:=]\s*+"
+_SCORE_KEY = rf"{_QUOTE}(?:{'|'.join(_SCORE_KEYS)}){_QUOTE}\s*+[:=]\s*+"
 _BEGINS = re.compile(rf"\{{\s*(?:{_ANSWER_KEY}|{_SCORE_KEY})", re.IGNORECASE)
 _RAW_SCORE = r"(?P<score>\"[^\"\n]*\"|'[^'\n]*'|[^\"'{}\n]*?)"
 _FLAGS = re.DOTALL | re.IGNORECASE
 _ANSWER_FIRST = re.compile(
-    rf"\{{\s*{_ANSWER_KEY}{_OPEN}(?P<answer>.*?)(?<!\\){_CLOSE}\s*,?\s*{_SCORE_KEY}{_RAW_SCORE}"
-    r"(?P<end>\s*,?\s*(?:\}|```|\n|\Z)|,\s*(?=[\"']))",
+    rf"\{{\s*{_ANSWER_KEY}{_OPEN}(?P<answer>.*?)(?<!\\){_CLOSE}\s*+,?\s*+{_SCORE_KEY}{_RAW_SCORE}"
+    r"(?P<end>\s*+,?\s*+(?:\}|```|\Z)|[^\S\n]*+,?[^\S\n]*+\n|,\s*+(?=[\"']))",
     _FLAGS,
 )
 _SCORE_FIRST = re.compile(
-    rf"\{{\s*{_SCORE_KEY}{_RAW_SCORE}\s*,?\s*{_ANSWER_KEY}{_OPEN}(?P<answer>.*?)(?<!\\){_CLOSE}"
-    r"(?P<end>\s*,?\s*(?:\}|```|\Z))",
+    rf"\{{\s*{_SCORE_KEY}{_RAW_SCORE}\s*+,?\s*+{_ANSWER_KEY}{_OPEN}(?P<answer>.*?)(?<!\\){_CLOSE}"
+    r"(?P<end>\s*+,?\s*+(?:\}|```|\Z))",
     _FLAGS,
 )
+# An answer in pieces, or with more quotes around it than one.
+_DEBRIS, _BARE_QUOTE = re.compile(r'"\s*+[,+]\s*+"|\A""|""\Z'), re.compile(r'(?<!\\)"')
 _FURTHER_KEY = re.compile(rf"[\"'](?:{'|'.join((*_ANSWER_KEYS, *_SCORE_KEYS))})[\"']\s*:", _FLAGS)
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\"'\\/bfnrt])")
 _ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
@@ -216,10 +167,15 @@ class _Objects:
     def _of(self, members: _Members) -> Estimate:
         answers, scores = members.of(*_ANSWER_KEYS), members.of(*_SCORE_KEYS)
         if len(answers) > 1 or len(scores) > 1:
-            raise _No("several_scores" if len(scores) > 1 else "several_objects")
+            raise NoEstimate("several_scores" if len(scores) > 1 else "several_objects")
         if not answers or not isinstance(answers[0], str) or not _says(answers[0]):
-            raise _No("no_answer")
+            raise NoEstimate("no_answer")
         values, repairs = self._scores(scores[0]) if scores else self._by_criterion(members)
+        if scores and all(members.of(name) for name in self.criteria) and self.criteria:
+            each, mended = self._by_criterion(members)
+            if abs(sum(values) / len(values) - sum(each) / len(each)) > _ROUNDED:
+                raise NoEstimate("several_scores")
+            repairs += mended
         return Estimate(answers[0].strip(), values, tuple(dict.fromkeys(repairs)))
 
     def _scores(self, value: Any) -> tuple[tuple[float, ...], list[str]]:
@@ -227,44 +183,45 @@ class _Objects:
             return self._by_criterion(value)
         if isinstance(value, list):
             if len(value) != 1 and (len(value) != len(self.criteria) or not value):
-                raise _No("several_scores" if value else "no_score")
+                raise NoEstimate("several_scores" if value else "no_score")
             each = [self._scores(item) for item in value]
             if any(len(scores) != 1 for scores, _ in each):
-                raise _No("several_scores")
+                raise NoEstimate("several_scores")
             return tuple(scores[0] for scores, _ in each), ["list", *(r for _, rs in each for r in rs)]
         if not isinstance(value, str):
-            raise _No("no_score")
-        score, repairs = _score_alone(value)
+            raise NoEstimate("no_score")
+        score, repairs = score_alone(value)
         return (score,), repairs + ([] if isinstance(value, _Number) else ["quoted"])
 
     def _by_criterion(self, members: _Members) -> tuple[tuple[float, ...], list[str]]:
         given = [members.of(name) for name in self.criteria]
         if not any(given):
-            raise _No("no_score")
+            raise NoEstimate("no_score")
         if any(len(each) != 1 for each in given):
-            raise _No("missing_criteria")
+            raise NoEstimate("missing_criteria")
         each = [self._scores(values[0]) for values in given]
         if any(len(scores) != 1 for scores, _ in each):
-            raise _No("several_scores")
+            raise NoEstimate("several_scores")
         return tuple(scores[0] for scores, _ in each), ["criteria", *(r for _, rs in each for r in rs)]
 
     def _mended(self, place: int, first: bool) -> Estimate:
         """Of an object that is no JSON: both members are whole, and there is one way to part them."""
         found = _ANSWER_FIRST.match(self.text, place) or _SCORE_FIRST.match(self.text, place)
         if found is None:
-            raise _No("malformed" if self.finished and "}" in self.text[place:] else "cut")
+            raise NoEstimate("malformed" if self.finished and "}" in self.text[place:] else "cut")
         if not first or _FURTHER_KEY.search(self.text, found.end()) or _FURTHER_KEY.search(found["answer"]):
-            raise _No("several_objects")
+            raise NoEstimate("several_objects")
         closed = found["end"].strip(" \t") or found["score"].endswith(("'", '"'))
         if not closed and not self.finished:
-            raise _No("cut")
-        score, repairs = _score_alone(found["score"])
+            raise NoEstimate("cut")
+        if _DEBRIS.search(found["answer"]) or len(_BARE_QUOTE.findall(found["answer"])) % 2:
+            raise NoEstimate("malformed")
+        score, repairs = score_alone(found["score"])
         answer = _unescaped(found["answer"]).strip()
         if not _says(answer):
-            raise _No("no_answer")
-        return Estimate(
-            answer, (score,), ("mended_json", *([] if "}" in found["end"] else ["cut"]), *repairs)
-        )
+            raise NoEstimate("no_answer")
+        whole = "}" in self.text[max(found.end("answer"), found.end("score")) :]
+        return Estimate(answer, (score,), ("mended_json", *([] if whole else ["cut"]), *repairs))
 
 
 def _one_of(found: list[_Members]) -> _Members:
@@ -275,7 +232,7 @@ def _one_of(found: list[_Members]) -> _Members:
     scores = [each for each in found if each.of(*_SCORE_KEYS)]
     if len(found) == 2 and len(answers) == len(scores) == 1 and answers[0] is found[0]:
         return _Members([*answers[0], *scores[0]])
-    raise _No("several_objects")
+    raise NoEstimate("several_objects")
 
 
 def _unescaped(text: str) -> str:
@@ -295,15 +252,16 @@ def _says(answer: str) -> bool:
 # --- plain --------------------------------------------------------------------------------------------------
 
 _LABELLED = re.compile(
-    rf"(?P<before>^[\s>#*_`-]*|[,;.!?…|(—–][ \t*_`]*){_LABEL}[*_`]*\s*(?:[:=—–-]|\s)[\s*_`]*{_VALUE}",
+    rf"(?P<before>^[\s>#*_`-]*+|[,;.!?…|(—–][ \t*_`]*+){LABEL}[*_`]*+(?:\s*+[:=—–-]|\s)[\s*_`]*+{VALUE}",
     re.IGNORECASE | re.MULTILINE,
 )
 _AT_THE_END = re.compile(
-    rf"(?P<before>\s*[,;|]\s*|(?<=[.!?…»”\"*_`)])\s+|\s*\n\s*|\s+[—–-]\s+|\s*\()[*_`\"'«“\[]*{_VALUE}{_MARKS}[.;!]?{_MARKS}\Z",
+    rf"(?<!\s)(?P<before>\s*+[,;|]\s*+|(?<=[.!?…»”\"*_`)])\s++|[^\S\n]*+\n\s*+|\s++[—–-]\s++|\s*+\()[*_`\"'«“\[]*+"
+    rf"{VALUE}{MARKS}+[.;!]?{MARKS}+\Z",
     re.IGNORECASE,
 )
 _FENCED = re.compile(r"```[\w-]*\n((?:(?!```).)*)```", re.DOTALL)
-_IN_THE_MIDDLE = re.compile(rf"[,;]\s*[*_`]*{_VALUE}", re.IGNORECASE)
+_IN_THE_MIDDLE = re.compile(rf"[,;]\s*[*_`]*{VALUE}", re.IGNORECASE)
 _ANSWER_LABEL = re.compile(r"[\s*_`#>]*(?:ответ|answer)[*_`]*\s*:[\s*_`]*", re.IGNORECASE)
 _COMMENT = re.compile(
     r"[\s*_`.,;:!—–-]*(?:\([^()]*\)[\s.]*\Z|\Z|(?:по|объ)яснени|комментари|обосновани|потому что|так как|поскольку"
@@ -311,14 +269,14 @@ _COMMENT = re.compile(
     r"|let me know|(?:the|this|my) answer\b)",
     re.IGNORECASE,
 )
-_OTHER_NUMBER = re.compile(rf"(?:[,;:|]\s*|\n\s*|\s(?:и|and)\s+)(?:{_SAID})\Z", re.IGNORECASE)
+_OTHER_NUMBER = re.compile(rf"(?:[,;:|]\s*|\n\s*|\s(?:и|and)\s+)(?:{SAID})\Z", re.IGNORECASE)
 
 
 def _plain(text: str, criteria: Sequence[str], labelled: bool) -> Estimate:
     """An answer and the score behind it; `labelled`: only a score that is called one."""
     marks = list(_LABELLED.finditer(text))
     if len(marks) > 1:
-        raise _No("several_scores")
+        raise NoEstimate("several_scores")
     by_criterion = _criteria(text[: marks[0].start()] if marks else text, criteria)
     if by_criterion is not None:
         return _also_whole(by_criterion, text, marks[0]) if marks else by_criterion
@@ -326,15 +284,15 @@ def _plain(text: str, criteria: Sequence[str], labelled: bool) -> Estimate:
         return _by_label(text, marks[0])
     found = None if labelled else _AT_THE_END.search(text)
     if found is None:
-        if _ALONE.fullmatch(text):
-            raise _No("no_answer")
-        raise _No("score_in_the_middle" if _IN_THE_MIDDLE.search(text) else "no_score")
+        if ALONE.fullmatch(text):
+            raise NoEstimate("no_answer")
+        raise NoEstimate("score_in_the_middle" if _IN_THE_MIDDLE.search(text) else "no_score")
     return _by_place(text, found)
 
 
 def _by_label(text: str, found: re.Match[str]) -> Estimate:
     """`Ответ ... Оценка: 4`: behind it no more than a comment may stand; or `Оценка: 4`, then `Ответ: ...`."""
-    score, repairs = _score(found)
+    score, repairs = score_of(found)
     # A sentence's own mark before the label stays with the answer.
     kept = found.start() + (found["before"][:1] in tuple(".!?…"))
     before, rest = text[:kept].rstrip(), text[found.end() :]
@@ -344,32 +302,32 @@ def _by_label(text: str, found: re.Match[str]) -> Estimate:
     if rest[:1] == ")" and found["before"][:1] == "(":
         rest = rest[1:]
     if not _COMMENT.match(rest):
-        raise _No("score_in_the_middle")
+        raise NoEstimate("score_in_the_middle")
     return _made(before, score, ["label", *(["words_around"] if _says(rest) else []), *repairs])
 
 
 def _also_whole(by_criterion: Estimate, text: str, found: re.Match[str]) -> Estimate:
     """A score of the whole behind those by criterion: it was asked for, and stands if it is their mean, rounded."""
-    score, repairs = _score(found)
+    score, repairs = score_of(found)
     off = abs(score - sum(by_criterion.scores) / len(by_criterion.scores))
-    if off > 0.5 or not _COMMENT.match(text[found.end() :]):
-        raise _No("several_scores")
+    if off > _ROUNDED or not _COMMENT.match(text[found.end() :]):
+        raise NoEstimate("several_scores")
     return Estimate(by_criterion.answer, (score,), ("label", *by_criterion.repairs, *repairs))
 
 
 def _by_place(text: str, found: re.Match[str]) -> Estimate:
     """`answer, score`: the number is the score, unless it may as well be the answer's own."""
     before, kind, scaled = text[: found.start()], found["before"], found["scale"] or found["unit"]
-    score, repairs = _score(found)
+    score, repairs = score_of(found)
     if kind.strip() in ("—", "–", "-", "(") and not scaled:
-        raise _No("no_score")
+        raise NoEstimate("no_score")
     digits, opening = before[-1:].isdigit(), _ANSWER_LABEL.match(before)
     own = before[opening.end() :] if opening else before
     if (kind == "," and digits) or (not scaled and _OTHER_NUMBER.search(own)):
-        raise _No("several_scores")
-    if not scaled and re.search(rf"(?:^|\s){int(score) - 1}[.)]\s", before):
+        raise NoEstimate("several_scores")
+    if not scaled and re.search(rf"(?:^|\s)[*_]*{int(score) - 1}[.)][*_]*\s", before):
         # The marker of a list's next item looks like that, too.
-        raise _No("several_scores")
+        raise NoEstimate("several_scores")
     return _made(before, score, repairs)
 
 
@@ -377,22 +335,22 @@ def _made(answer: str, score: float, repairs: Sequence[str]) -> Estimate:
     opening = _ANSWER_LABEL.match(answer)
     answer = (answer[opening.end() :] if opening else answer).strip()
     if not _says(answer):
-        raise _No("no_answer")
+        raise NoEstimate("no_answer")
     return Estimate(answer, (score,), tuple(dict.fromkeys([*(["label"] if opening else []), *repairs])))
 
 
 def _criteria(text: str, criteria: Sequence[str]) -> Estimate | None:
     """An answer with a score for each criterion behind it; None where none of them has one."""
-    patterns = [rf"(?:^|[\s,;|(*_-]){re.escape(name)}[\s*_|:=—–-]{{1,8}}{_VALUE}" for name in criteria]
+    patterns = [rf"(?:^|[\s,;|(*_-]){re.escape(name)}[\s*_|:=—–-]{{1,8}}{VALUE}" for name in criteria]
     found = [list(re.finditer(pattern, text, re.IGNORECASE)) for pattern in patterns]
     if not any(found):
         return None
     if any(len(each) != 1 for each in found):
-        raise _No("missing_criteria" if any(not each for each in found) else "several_scores")
+        raise NoEstimate("missing_criteria" if any(not each for each in found) else "several_scores")
     ends = [each[0] for each in found]
     if not _COMMENT.match(text[max(each.end() for each in ends) :].lstrip(" \n|)")):
-        raise _No("score_in_the_middle")
-    scores = [_score(each) for each in ends]
+        raise NoEstimate("score_in_the_middle")
+    scores = [score_of(each) for each in ends]
     made = _made(text[: min(each.start() for each in ends)].rstrip(" \n|(*-_"), 1.0, [])
     repairs = dict.fromkeys(["criteria", *made.repairs, *(repair for _, some in scores for repair in some)])
     return Estimate(made.answer, tuple(score for score, _ in scores), tuple(repairs))
