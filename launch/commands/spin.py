@@ -238,7 +238,9 @@ def opponent_config(given: Namespace) -> PolicyConfig:
         raise UserError("--model: is missing; give the opponent: a model's folder or hub id, or an adapter")
     settings = {name: getattr(given, name) for name in ("revision", "dtype", "offline", "trust_remote_code")}
     path = Path(given.model).expanduser()
-    folder = resolve(path) if path.exists() and not (path / "config.json").is_file() else None
+    # A folder may hold an adapter and its base's config beside it.
+    whole = (path / "config.json").is_file() and not is_adapter(path)
+    folder = resolve(path) if path.exists() and not whole else None
     if folder is not None and (folder.is_file() or is_adapter(folder)):
         config = saved_policy(folder, given.base_model, **settings)
         _check_lora(given, folder)

@@ -356,7 +356,8 @@ PIECES = st.sampled_from(
         *READ_JSON, *READ_PLAIN, *(s for s in (*UNREAD_JSON, *UNREAD_PLAIN) if len(s) < 200),
         "{", "}", '"', "'", "\\", '\\"', "\\u0041", "\\ud800", ",", ":", "[", "]", "```", "\n", " ", "**", "Оценка",
         '{"answer": "', '", "estimate": ', '"answer"', '"estimate"', "Score: ", "5", "4,5", "0", "-1", "/5",
-        "Ответ", "из пяти", "три", "Краткость: ", "x", "Ясность", "NaN", "1e400", "fıve", "fİve", "ᲂдин", ", ", "９", "٣", "\x00", "\ud800",
+        "Ответ", "из пяти", "три", "Краткость: ", "x", "Ясность", "NaN", "1e400",
+        "fıve", "fİve", "ᲂдин", ", ", "９", "٣", "\x00", "\ud800",
     ]
 )  # fmt: skip
 SHAPES = [*READ_JSON, *READ_PLAIN, *(said for said in (*UNREAD_JSON, *UNREAD_PLAIN) if len(said) < 200)]

@@ -92,6 +92,16 @@ def test_any_chats_become_spin_s_format(row, history, real, tmp_path):
     assert [spin_row_of(record)[1:] for record in again.records] == [(history, real, True)]
 
 
+def test_a_test_of_another_time_does_not_stay(tmp_path):
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(40)]
+    path, out = str(write(tmp_path / "in.jsonl", rows)), tmp_path / "out"
+    first = reformat(chat_source(path, validation_fraction=0.25), out)
+    assert first["counts"]["test"]["kept"] == len(lines(out / "test.jsonl")) > 0
+    (out / "train.txt").write_text("not SPIN's\n")
+    reformat(chat_source(path, validation_fraction=0.0), out, tests=False)
+    assert {split: len(rows) for split, rows in read_chats(out).rows.items()} == {"train": 40}
+
+
 def test_parquet_and_the_published_arguments(tmp_path, monkeypatch, capsys):
     from datasets import Dataset
 

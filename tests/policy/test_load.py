@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import huggingface_hub
@@ -38,7 +39,8 @@ from trainer.schema import UserError
 
 
 def save_plain(base: Path, folder: Path, config) -> Path:
-    """An adapter as PEFT alone writes it, with scales that are not 1."""
+    """An adapter as PEFT alone writes it, with scales that are not 1: the same for the same name of its folder."""
+    torch.manual_seed(zlib.crc32(folder.name.encode()))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(config))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -145,6 +147,7 @@ def test_wrong_starts_are_refused_by_name(tiny_llama, tiny_gpt2, tmp_path):
         (PolicyConfig(llama, start=str(less)), "lacks .*ia3_l"),
         (PolicyConfig(str(tiny_gpt2), start=str(adapter)), "adapter: does not fit gpt2"),
         (PolicyConfig(llama, AdapterConfig(targets=["v_proj"]), str(adapter)), "has unknown .* and 3 more"),
+        (PolicyConfig(llama, AdapterConfig("lora", r=8, alpha=32), str(lora)), "alpha: 32, but .* with 8"),
     ]
     for config, message in cases:
         with pytest.raises(UserError, match=message):

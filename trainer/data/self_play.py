@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.cells import BrokenRow, check_answer, digest, messages
 from trainer.data.chat import template_identity
-from trainer.data.files import READERS, read_rows
+from trainer.data.files import read_rows
 from trainer.data.preferences import DemonstrationFile, PreferenceFile
 from trainer.data.sources import Loaded, Source, Streamed, described
 from trainer.provenance import read_json, sha256_file, sha256_text
@@ -26,6 +26,7 @@ from trainer.schema import Demonstration, Message, Preference, Split, Text, User
 
 SPLITS = ("train", "test")
 MANIFEST = "manifest.json"
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 GENERATED, CONVERTED = "spin_generated", "spin_pairs"
 """Kinds of manifests: of a shard that `tandem spin generate` wrote, and of what `convert` made of them."""
 PLAIN = "plain"
@@ -111,7 +112,7 @@ def spin_row_of(record: Demonstration | Preference) -> SpinRow:
 
 def split_file(folder: Path, split: str) -> Path | None:
     """The file of a split in a folder: `train.jsonl`, say, or of another kind."""
-    return next((p for suffix in READERS if (p := folder / f"{split}{suffix}").is_file()), None)
+    return next((p for suffix in _SUFFIXES if (p := folder / f"{split}{suffix}").is_file()), None)
 
 
 def opponent_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,10 +76,14 @@ def reformat(source: Source, output: Path, tests: bool = True) -> dict[str, Any]
         records = cast(Iterable[Demonstration | Preference], loaded.records)
         kept: Counter[str] = Counter()
         write_text(output / f"{split}.jsonl", _lines(records, kept))
-        counts[split] = {**loaded.counts, **kept}
+        twice = loaded.counts.get("dropped_duplicate", 0) + kept["dropped_duplicate"]
+        counts[split] = {**loaded.counts, **kept, **({"dropped_duplicate": twice} if twice else {})}
         read |= loaded.hashes
     if not counts["train"]["kept"]:
         raise UserError(f"{output}: no chat is left to train on ({counts['train']})")
+    for split in SPLITS:
+        if split not in counts:  # of another time: its chats may be among those to train on now
+            (output / f"{split}.jsonl").unlink(missing_ok=True)
     manifest = {"kind": "spin_chats", "counts": counts, "source": source.describe(), "read": read}
     return write_manifest(output, manifest, [f"{split}.jsonl" for split in counts])
 

@@ -30,6 +30,9 @@ POLICY = "default"
 REFERENCE = "reference"
 """PEFT's name for the frozen adapter that a shared reference switches in."""
 
+LORA_R, LORA_ALPHA = 16, 32
+"""LoRA's rank and the numerator of its factor, where none are given."""
+
 _GATED = ("k_proj", "v_proj", "down_proj")
 _PAPER = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _GATED),
@@ -161,8 +164,8 @@ def peft_config(config: AdapterConfig, model: PreTrainedModel) -> PeftConfig:
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "fan_in_fan_out": family == "gpt2"}
     if config.kind == "lora":
         lora: dict[str, Any] = {
-            "r": config.r or 16,
-            "lora_alpha": config.alpha or 32,
+            "r": config.r or LORA_R,
+            "lora_alpha": config.alpha or LORA_ALPHA,
             "lora_dropout": config.dropout or 0.0,
         }
         return LoraConfig(target_modules=config.targets, **lora, **common)

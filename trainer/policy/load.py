@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.policy import sharded
-from trainer.policy.adapters import POLICY, AdapterConfig, attach, first_line, whole_sizes
+from trainer.policy.adapters import (
+    LORA_ALPHA,
+    LORA_R,
+    POLICY,
+    AdapterConfig,
+    attach,
+    first_line,
+    whole_sizes,
+)
 from trainer.policy.base import (
     PolicyConfig,
     architecture,
@@ -153,12 +161,23 @@ def _shape(config: PolicyConfig, start: Path | None) -> tuple[AdapterConfig, Pef
     if (kind := kind_of(saved)) != adapter.kind:
         raise UserError(f"policy.adapter.kind: '{adapter.kind}', but {start} is '{kind}'; set it to '{kind}'")
     if not adapter.unset:
+        _check_factor(adapter, saved, start)
         return adapter, None
     if _saved_preset(start) == "paper":
         return dataclasses.replace(adapter, preset="paper"), None
     # Only the shape is taken; PEFT would warn of another base's name.
     saved.base_model_name_or_path, saved.inference_mode = None, False
     return adapter, saved
+
+
+def _check_factor(adapter: AdapterConfig, saved: Any, start: Path) -> None:
+    """Other settings would make another model of the same weights: LoRA multiplies its update by alpha / r."""
+    r, alpha = adapter.r or LORA_R, adapter.alpha or LORA_ALPHA
+    if adapter.kind == "lora" and r == saved.r and (alpha != saved.lora_alpha or saved.use_rslora):
+        raise UserError(
+            f"policy.adapter.alpha: {alpha}, but {start} was trained with {saved.lora_alpha}"
+            f"{' and use_rslora' if saved.use_rslora else ''}; give that adapter's, or kind: lora alone"
+        )
 
 
 def _saved_preset(folder: Path) -> Any:
