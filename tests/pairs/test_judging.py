@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.pairs.building import Pair
-from trainer.pairs.judging import compared, cyrillic_share, findings, spearman
+from trainer.pairs.judging import compared, findings, script_share, spearman
 
 
 def answer(
@@ -136,10 +136,12 @@ def test_language_by_the_script_of_letters(language, other) -> None:
     }  # fmt: skip
 
 
-def test_the_share_of_cyrillic_letters() -> None:
-    assert cyrillic_share("Ёж, ҐЇ!") == 1
-    assert cyrillic_share("abcд") == 0.25
-    assert cyrillic_share("1, 2") is None
+def test_the_share_of_a_language_s_letters() -> None:
+    assert script_share("Ёж, ҐЇ!", "ru") == 1
+    assert script_share("abcд", "ru") == 0.25
+    assert script_share("abcд", "en") == 0.75
+    assert script_share("Это, café, 東京", "en") == 4 / 9
+    assert script_share("1, 2", "en") is None
 
 
 def test_a_correlation_needs_three_points_and_two_values() -> None:
@@ -164,6 +166,7 @@ CANDIDATE = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(CANDIDATE, max_size=5), max_size=5), st.sampled_from(["ru", "en"]))
 def test_shares_are_shares_whatever_the_rows(rows, language) -> None:
     found = told(*rows, language=language)

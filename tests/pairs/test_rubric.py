@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.pairs.opinionated import short_rubric
-from trainer.pairs.judging import cyrillic_share
+from trainer.pairs.judging import script_share
 from trainer.pairs.rubric import RUBRIC, Rubric
 from trainer.schema import UserError
 
@@ -29,8 +29,8 @@ def test_the_shipped_ones_ask_for_the_same_in_two_languages(language) -> None:
     assert len(rubric.score) == 3
     texts = [*rubric.prompts.values(), *rubric.score, *(each.name + each.asks for each in rubric.criteria)]
     for text in texts:
-        share = cyrillic_share(text.replace("{instruction}", "").replace("{answer}", "")) or 0.0
-        assert share > 0.6 if language == "ru" else share == 0, text
+        share = script_share(text.replace("{instruction}", "").replace("{answer}", ""), language)
+        assert share > 0.6 if language == "ru" else share == 1, text
 
 
 def test_what_is_asked(tmp_path) -> None:

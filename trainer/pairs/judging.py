@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -53,18 +54,23 @@ def findings(
 
 def spearman(points: Sequence[tuple[float, float]]) -> float | None:
     """The rank correlation of pairs of numbers; None for fewer than three, or where one side never changes."""
+    # Sums of digits' shares differ in their last bits where they mean the same.
+    points = [(round(a, 9), round(b, 9)) for a, b in points]
     if len(points) < 3 or any(len({each[side] for each in points}) < 2 for side in (0, 1)):
         return None
-    # Sums of digits' shares differ in their last bits where they mean the same.
-    first, second = zip(*((round(a, 9), round(b, 9)) for a, b in points), strict=True)
+    first, second = zip(*points, strict=True)
     found = float(stats.spearmanr(first, second).statistic)
     return found if math.isfinite(found) else None
 
 
-def cyrillic_share(text: str) -> float | None:
-    """The share of Cyrillic letters among a text's letters; None where it has none."""
+_SCRIPTS = {"ru": "CYRILLIC", "en": "LATIN"}
+
+
+def script_share(text: str, language: Language) -> float | None:
+    """The share of a language's script (Cyrillic, Latin) among a text's letters; None where it has none."""
     letters = [char for char in text if char.isalpha()]
-    return sum("\u0400" <= char <= "\u052f" for char in letters) / len(letters) if letters else None
+    own = sum(unicodedata.name(char, "").startswith(_SCRIPTS[language]) for char in letters)
+    return own / len(letters) if letters else None
 
 
 def compared(
@@ -179,8 +185,8 @@ def _within(rows: Sequence[Row]) -> float | None:
 
 def _language(every: Sequence[Candidate], language: Language, threshold: float) -> dict[str, Any]:
     """Answers by the script of their letters: the wanted one, or another."""
-    shares = [cyrillic_share(each["text"]) for each in every if each["text"].strip()]
-    known = [share if language == "ru" else 1 - share for share in shares if share is not None]
+    shares = [script_share(each["text"], language) for each in every if each["text"].strip()]
+    known = [share for share in shares if share is not None]
     other = sum(share < threshold for share in known)
     return {
         "wanted": language,

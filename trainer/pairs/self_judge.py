@@ -32,6 +32,7 @@ from trainer.schema import UserError
 Way = Literal["together", "apart"]
 WHOLE = "estimate"
 """What a score is called that is of the whole answer, and not of one criterion."""
+_DECIMALS = 6
 
 
 class SelfJudge(PairBuilder):
@@ -143,7 +144,7 @@ class SelfJudge(PairBuilder):
             yield [self._row(plain[prompt.key], texts) for prompt, texts in batch]
 
     def _row(self, prompt: Prompt, texts: list[Continuation]) -> Row:
-        candidates = [self._read(each) if self.way == "together" else _plain(each) for each in texts]
+        candidates = [self._read(each) if self.way == "together" else _plain(_bare(each)) for each in texts]
         if self._wordings:
             # All of a prompt's answers and of no other's: what a batch holds moves the last digits of a score.
             scores = self._scored(prompt, [each["text"] for each in candidates if "invalid" not in each])
@@ -152,7 +153,8 @@ class SelfJudge(PairBuilder):
                     self._give(each, scores[each["text"]])
         for each in candidates:
             if "invalid" not in each and each["scores"] is not None:
-                each["score"] = math.fsum(each["scores"].values()) / len(each["scores"])
+                # Rounded: scores that differ by less are a tie, not a preference.
+                each["score"] = round(math.fsum(each["scores"].values()) / len(each["scores"]), _DECIMALS)
         return {"key": prompt.key, "prompt": prompt.text, "candidates": candidates}
 
     def _read(self, said: Continuation) -> dict[str, Any]:
@@ -269,6 +271,11 @@ def expected(choice: Choice) -> float | str:
             choice.said if choice.pick is None else "no probabilities of the digits"
         ) or "nothing was said"
     return math.fsum(share * digit for digit, share in enumerate(choice.probabilities, start=1))
+
+
+def _bare(text: Continuation) -> Continuation:
+    """Without blanks around it, which chat templates cut off: two answers that differ by those are one."""
+    return dataclasses.replace(text, text=text.text.strip())
 
 
 def _plain(text: Continuation) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def pairs_of_folder(folder: str | Path) -> Summary:
 
 def _rescored(folder: Path, files: Any) -> list[dict[str, Any]]:
     """What other judges said of the same answers (`tandem pairs rescore`); not what they said of others before."""
-    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    return [each for each in found if each.get("files") == files]
+    found = [read_json(path) for path in sorted(folder.glob("*.json")) if path.is_file()]
+    return [each for each in found if isinstance(each, dict) and each.get("files") == files]
 
 
 def pairs_of_file(pairs: Pairs) -> Summary:
