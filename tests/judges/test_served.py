@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import time
 
@@ -141,6 +143,17 @@ def test_a_server_that_refuses_everything_is_no_judge() -> None:
         with pytest.raises(JudgeGone, match=r"the first 2\d questions were refused"):
             choices(judge(asked.url), 100)
         assert len(asked.bodies) < 50
+
+
+def test_questions_that_are_all_too_long_are_not_the_server_s_fault() -> None:
+    def answer(n, body):
+        return (400, {"error": "too long"}) if len(json.dumps(body)) > 2000 else (200, chat("A"))
+
+    with serving(answer) as asked:
+        asked_for = [dataclasses.replace(each, text="long " * 500) for each in questions(60)]
+        found = [choice for some in judge(asked.url).choose(asked_for) for choice in some]
+    assert len(found) == 60
+    assert all(choice.answered and choice.pick is None and "too long" in choice.said for choice in found)
 
 
 def test_a_server_that_goes_away_is_not_asked_for_ever() -> None:

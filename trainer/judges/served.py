@@ -84,8 +84,12 @@ class ServerJudge(Judge):
                     if known := tally.of(done, under_way.pop(done)):
                         yield known
                 tally.check()
-            if known := tally.at_the_end():
-                yield known
+                if len(tally.refused) >= _REFUSALS:
+                    yield self._settled(tally, question, "the first")
+            if len(tally.refused) >= _IN_A_ROW:
+                yield self._settled(tally, question, "all")
+            elif tally.refused:
+                yield tally.released()
         finally:
             self.server.interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -98,6 +102,16 @@ class ServerJudge(Judge):
             "tries": self.tries,
         }
         return {"class": type(self).__name__, **self.server.describe(), **own}
+
+    def _settled(self, tally: _Tally, question: Question, which: str) -> list[Choice]:
+        """The refused questions' choices: too long, say. If a short one is refused, too, it is the server's fault."""
+        try:
+            self._ask(Question(question.key, question.choices[0], question.choices), 0)
+        except (Refused, ServerDown, ServerNonsense) as error:
+            told = f"{tally.error}; {which} {len(tally.refused)} questions were refused"
+            raise JudgeGone(told) from error
+        tally.heard = True
+        return tally.released()
 
     def _choice(self, question: Question) -> Choice:
         choice = Choice(question.key, None)
@@ -156,26 +170,16 @@ class _Tally:
         except Refused as error:
             self.error, choice = error, Choice(question.key, None, str(error))
             self.refused.append(choice)
-            return self._released() if self.heard else []
+            return self.released() if self.heard else []
         self.failures, self.heard = 0, True
-        return [*self._released(), choice]
+        return [*self.released(), choice]
 
     def check(self) -> None:
-        """Raise `JudgeGone` where too many questions in a row got no answer, or all were refused."""
+        """Raise `JudgeGone` where too many questions in a row got no answer."""
         if self.failures >= _IN_A_ROW:
             raise JudgeGone(f"{self.error}; {self.failures} questions in a row got no answer") from self.error
-        if len(self.refused) >= _REFUSALS:
-            raise JudgeGone(
-                f"{self.error}; the first {len(self.refused)} questions were refused"
-            ) from self.error
 
-    def at_the_end(self) -> list[Choice]:
-        """Refusals of a few questions that were left are theirs; of all questions, they are the server's."""
-        if len(self.refused) >= _IN_A_ROW:
-            raise JudgeGone(f"{self.error}; all {len(self.refused)} questions were refused") from self.error
-        return self._released()
-
-    def _released(self) -> list[Choice]:
+    def released(self) -> list[Choice]:
         refused, self.refused = self.refused, []
         return refused
 
