@@ -177,6 +177,19 @@ def test_long_prompts_get_no_answer_and_are_counted(opponent, chats, tmp_path):
     assert answered(opponent, chats, tmp_path / "short", max_prompt=3)["counts"]["test"]["kept"] == 0
 
 
+def test_a_real_answer_that_training_would_stop_at_is_found_before_anything_is_generated(
+    opponent, chats, tmp_path, tiny_llama
+):
+    rows = [*lines(chats / "train.jsonl"), {"real": turns("strike", "</s>out</s>"), "generated": []}]
+    write(chats / "train.jsonl", rows)
+    counts = answered(opponent, chats, tmp_path / "out")["counts"]["train"]
+    assert counts["dropped_unlearnable"] >= 1
+    convert(tmp_path / "out", tmp_path / "pairs")
+    records = SpinPairs(str(tmp_path / "pairs")).load("train").records
+    assert not any("strike" in str(record.prompt) for record in records)
+    tokenize_preferences(records, opponent.tokenizer)
+
+
 def test_an_answer_is_cut_at_the_stop_token_and_says_whether_it_ended(opponent, chats, tmp_path):
     """The tiny model draws its EOS now and then: those answers are finished, and shorter."""
     answered(opponent, chats, tmp_path / "out", sampling={"max_new_tokens": 60, "temperature": 5.0})

@@ -50,12 +50,12 @@ from trainer.provenance import (
     write_json,
     write_text,
 )
-from trainer.schema import Demonstration, Preference, Text, UserError
+from trainer.schema import Demonstration, Preference, Text, TokenizedDemonstration, UserError
 
 _TRAINED_ON = {"train": "train", "test": "validation"}
 DROPPED = ("overlong", "empty", "unlearnable")
-"""Why a row has no answer to learn from: its prompt leaves no position, nothing was said, or what was said cannot be
-tokenised again (it spells a special token)."""
+"""Why a row has no answer to learn from: its prompt leaves no position, nothing was said, or what was said, or the
+real answer, cannot be tokenised again (it spells a special token)."""
 
 
 # --- chats into SPIN's format -------------------------------------------------------------------------------
@@ -269,11 +269,19 @@ def _answer(
 ) -> None:
     names = list(rows)
     prompts = tokenize_prompts([opponent.prompt(row) for row in rows.values()], opponent.tokenizer)
-    fits = [room is None or len(prompt) <= room for prompt in prompts]
+    # Before anything is generated: training would stop at a real answer that it cannot learn from.
+    whys = [
+        "overlong"
+        if room is not None and len(prompt) > room
+        else None
+        if _learnable(opponent, rows[name], rows[name].real, rows[name].finished)
+        else "unlearnable"
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
     if rank() == 0:
-        ledger.add(_dropped(name, "overlong") for name, fit in zip(names, fits, strict=True) if not fit)
-    names = [name for name, fit in zip(names, fits, strict=True) if fit]
-    prompts = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+        ledger.add(_dropped(name, why) for name, why in zip(names, whys, strict=True) if why)
+    names = [name for name, why in zip(names, whys, strict=True) if not why]
+    prompts = [prompt for prompt, why in zip(prompts, whys, strict=True) if not why]
     if not names:
         return
     batches = answer_batches(
@@ -302,10 +310,8 @@ def _answered(opponent: Opponent, key: str, row: SpinRow, answer: Generation) ->
         text = bare_answer(opponent.tokenizer, row.history, text, key)
     if not text.strip():
         return _dropped(key, "empty")
-    learned = Demonstration(opponent.prompt(row), text, key, finished=answer.finished)
-    try:
-        (again,) = tokenize_demonstrations([learned], opponent.tokenizer)
-    except UserError:
+    again = _learnable(opponent, row, text, answer.finished)
+    if again is None:
         return _dropped(key, "unlearnable")
     same = again.completion[: len(answer.ids)] == answer.ids
     return {
@@ -315,6 +321,17 @@ def _answered(opponent: Opponent, key: str, row: SpinRow, answer: Generation) ->
         "finished": answer.finished,
         "same_tokens": same,
     }
+
+
+def _learnable(
+    opponent: Opponent, row: SpinRow, answer: str, finished: bool
+) -> TokenizedDemonstration | None:
+    """A row's history and an answer as training will see them; None where they cannot be tokenised."""
+    learned = Demonstration(opponent.prompt(row), answer, row.key, finished=finished)
+    try:
+        return tokenize_demonstrations([learned], opponent.tokenizer)[0]
+    except UserError:
+        return None
 
 
 def _close(
