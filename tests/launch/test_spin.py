@@ -326,7 +326,7 @@ def test_iterations_on_two_ranks_under_zero3_are_those_of_one(reference, ready, 
     config(ready, "lora", reference=reference)
     small = ["--stop_confidence", "null", "--model.optimizer.lr", "0.01", "--trainer.max_steps", "2"]
     sharded = ["--trainer.devices", "2", "--trainer.strategy", "zero3", "--ranks", "2"]
-    run(loop(ready, tiny_llama, "one", *small, "--iterations", "1"), ready)
+    run(loop(ready, tiny_llama, "one", *small, "--iterations", "1", "--lr", "0.01"), ready)
     run(loop(ready, tiny_llama, "two", *small, *sharded, "--iterations", "3"), ready)
     one, two = (json.loads((ready / name / "lineage.json").read_text()) for name in ("one", "two"))
     assert len(two["iterations"]) == 3
