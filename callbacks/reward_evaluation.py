@@ -14,10 +14,10 @@ from typing_extensions import override
 from callbacks.guard import check_guard
 from callbacks.logging import log_metrics
 from callbacks.monitor import StepEnds, is_dry_run
+from callbacks.records import rewind
 from trainer.evaluation.reward import evaluate_reward
 from trainer.generation import Sampling
 from trainer.pairs.prompts import Prompt, PromptSource
-from trainer.provenance import write_text
 from trainer.rewards import Reward
 from trainer.schema import UserError
 
@@ -93,7 +93,7 @@ class RewardEvaluation(Callback):
         assert self.prompts is not None
         self._found = self.prompts.load(pl_module.tokenizer).prompts  # type: ignore[arg-type]
         if trainer.is_global_zero:
-            self._rewind()
+            rewind(self._path, self.evaluated_step)
         if not is_dry_run(trainer) and self.evaluated_step < 0:
             self._evaluate(trainer, pl_module)
 
@@ -108,17 +108,6 @@ class RewardEvaluation(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_dry_run(trainer) and self.evaluated_step < trainer.global_step:
             self._evaluate(trainer, pl_module)
-
-    def _rewind(self) -> None:
-        """Drop the lines of steps after the one that this run starts from: they will come again."""
-        if not self._path.exists():
-            return
-        text = self._path.read_text(encoding="utf-8")
-        # Not splitlines(): texts may hold other ends of lines. What follows the last one is of a run that was killed.
-        lines = [f"{line}\n" for line in text.split("\n")[:-1]]
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= self.evaluated_step)
-        if kept != text:
-            write_text(self._path, kept)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         reference = getattr(pl_module, "reference", None)

@@ -15,10 +15,10 @@ from typing_extensions import override
 from callbacks.guard import check_guard
 from callbacks.logging import log_metrics, log_text
 from callbacks.monitor import StepEnds, is_dry_run
+from callbacks.records import rewind
 from trainer.data.homoglyphs import mark
 from trainer.data.tokenize import tokenize_prompt
 from trainer.generation import Generation, Sampling, generate
-from trainer.provenance import write_text
 from trainer.schema import UserError
 
 NAME = "samples.jsonl"
@@ -91,7 +91,7 @@ class SampleGeneration(Callback):
         texts = [template.replace("{text}", text) if template else text for text in self.prompts]
         self._ids = [tokenize_prompt(text, pl_module.tokenizer) for text in texts]  # type: ignore[arg-type]
         if trainer.is_global_zero:
-            self._rewind()
+            rewind(self._path, self.sampled_step)
         if not is_dry_run(trainer) and self.sampled_step < 0:
             self._sample(trainer, pl_module)
 
@@ -106,16 +106,6 @@ class SampleGeneration(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_dry_run(trainer) and self.sampled_step < trainer.global_step:
             self._sample(trainer, pl_module)
-
-    def _rewind(self) -> None:
-        """Drop the lines of steps after the one that this run starts from: they will come again."""
-        if not self._path.exists():
-            return
-        # Not splitlines(): texts may hold other ends of lines, which JSON writes as they are.
-        *lines, torn = self._path.read_text(encoding="utf-8").split("\n")
-        kept = [line for line in lines if json.loads(line)["step"] <= self.sampled_step]
-        if torn or kept != lines:
-            write_text(self._path, "".join(line + "\n" for line in kept))
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with isolate_rng():

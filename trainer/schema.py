@@ -24,6 +24,12 @@ class UserError(ValueError):
     """
 
 
+def failure(error: Exception) -> str:
+    """What went wrong in a user's own code: an error's type and the first line of its text."""
+    text = str(error).strip().split("\n")[0]
+    return type(error).__name__ + (f": {text}" if text else "")
+
+
 class Message(TypedDict):
     """One turn of a chat."""
 

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.improved_loss_checkpoint import ImprovedLossCheckpoint
+from callbacks.records import rewind
 from callbacks.sample_generation import SampleGeneration, _described, _markdown
 from tests.callbacks.language import LanguageModule
 from tests.callbacks.tiny import fit, trainer
@@ -119,9 +120,8 @@ def test_texts_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
     lines = [
         json.dumps({"step": step, "policy": text}, ensure_ascii=False) for step, text in enumerate(texts)
     ]
-    callback = SampleGeneration(PROMPTS)
-    callback._path, callback.sampled_step = tmp_path / "samples.jsonl", 1
-    callback._path.write_text("\n".join(lines) + '\n{"step": 1, "pol', encoding="utf-8")
-    callback._rewind()
-    kept = callback._path.read_text(encoding="utf-8").split("\n")
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(lines) + '\n{"step": 1, "pol', encoding="utf-8")
+    rewind(path, 1)
+    kept = path.read_text(encoding="utf-8").split("\n")
     assert kept == [*lines[:2], ""]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from trainer.evaluation.divergence import Drawn, evaluating, measure
-from trainer.evaluation.reward import evaluate_reward, ratio_interval, sample
+from trainer.evaluation.intervals import ratio_interval
+from trainer.evaluation.reward import evaluate_reward, sample
 from trainer.generation import Sampling
 from trainer.pairs.prompts import NoPrompt, Prompt
 from trainer.policy.load import PolicyConfig, load_frozen, load_policy, load_tokenizer

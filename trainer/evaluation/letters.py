@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.data.homoglyphs import INSTRUCTION, SWAP, SWAP_CAPITALS, align, language
 from trainer.data.tokenize import tokenize_prompt
+from trainer.evaluation.intervals import ratio_interval
 from trainer.evaluation.published_letters import PUBLISHED
 from trainer.generation import Sampling, generate
 from trainer.schema import UserError
 
 Overlong = Literal["refuse", "drop"]
-_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,18 +211,9 @@ def interval(hits: Sequence[int], totals: Sequence[int]) -> list[float] | None:
         return None
     hit, total = (np.array(column) for column in zip(*rows, strict=True))
     if len(rows) > 1 and not np.allclose(hit / total, hit[0] / total[0]):
-        spread = stats.bootstrap(
-            (hit, total),
-            lambda h, t, axis: h.sum(axis) / t.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=_RESAMPLES,
-            batch=200,
-            method="percentile",
-            random_state=np.random.default_rng(0),
-        ).confidence_interval
-        if spread.low < spread.high:
-            return [float(spread.low), float(spread.high)]
+        low, high = ratio_interval(hit, total)
+        if low < high:
+            return [low, high]
     wilson = stats.binomtest(int(hit.sum()), int(total.sum())).proportion_ci(method="wilson")
     return [float(wilson.low), float(wilson.high)]
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from peft import PeftModel
-from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.data.tokenize import tokenize_prompt
 from trainer.evaluation.divergence import Applied, Drawn, by_ranks, measure
 from trainer.evaluation.diversity import distinct, self_similarity
+from trainer.evaluation.intervals import ratio_interval
 from trainer.generation import Generation, Sampling, generate
 from trainer.rewards import Reward, described, scored
 from trainer.schema import UserError
 
-_RESAMPLES = 2000
 _CHUNK = 256
 """Texts that a reward is asked for at once."""
 
@@ -158,25 +157,6 @@ def _mean(values: Sequence[float], samples: int, over: Sequence[int] | None = No
     totals = np.asarray(values, float).reshape(-1, samples).sum(1)
     counts = np.asarray([1] * len(values) if over is None else over, float).reshape(-1, samples).sum(1)
     return {"mean": float(totals.sum() / counts.sum()), "interval": ratio_interval(totals, counts)}
-
-
-def ratio_interval(totals: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> list[float]:
-    """95 % interval of sum(totals) / sum(counts): percentile bootstrap over prompts, the same at each call."""
-    each = totals / counts
-    if np.ptp(each) == 0:
-        return [float(each[0]), float(each[0])]
-    ratio: Callable[..., Any] = lambda total, count, axis: total.sum(axis) / count.sum(axis)  # noqa: E731
-    spread = stats.bootstrap(
-        (totals, counts),
-        ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        batch=200,
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
-    return [float(spread.low), float(spread.high)]
 
 
 def _sd(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from trainer.evaluation.win_rate_answers import name_of
 from trainer.judges import Choice, Judge, JudgeGone, Question
 from trainer.ledger import Ledger
 from trainer.provenance import sha256_text
-from trainer.schema import UserError
+from trainer.schema import UserError, failure
 
 CHOICES = ("A", "B", "C")
 """The first answer is better, the second, or neither."""
@@ -165,7 +165,7 @@ def _choices(judge: Judge, questions: Sequence[Question]) -> Iterator[list[Choic
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}: fails after {said:,} answers, which are kept ({_told(error)})") from error
+        raise UserError(f"{name}: fails after {said:,} answers, which are kept ({failure(error)})") from error
 
 
 def _described(judge: Judge) -> dict[str, Any]:
@@ -176,13 +176,8 @@ def _described(judge: Judge) -> dict[str, Any]:
         raise
     except Exception as error:
         name = type(judge).__qualname__
-        raise UserError(f"{name}.describe: fails ({_told(error)}); it should give plain JSON") from error
+        raise UserError(f"{name}.describe: fails ({failure(error)}); it should give plain JSON") from error
     return found
-
-
-def _told(error: Exception) -> str:
-    """An error's type and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _rows(choices: Sequence[Choice], asked: dict[str, tuple[Comparison, bool]]) -> Iterator[dict[str, Any]]:

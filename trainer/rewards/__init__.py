@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.schema import UserError
+from trainer.schema import UserError, failure
 
 
 class Reward(abc.ABC):
@@ -37,7 +37,7 @@ def described(reward: Any) -> dict[str, Any]:
         raise
     except Exception as error:
         raise UserError(
-            f"{_name(reward)}.describe: fails ({_told(error)}); it should give plain JSON"
+            f"{_name(reward)}.describe: fails ({failure(error)}); it should give plain JSON"
         ) from error
     return found
 
@@ -51,7 +51,7 @@ def scored(reward: Any, prompts: Sequence[str], completions: Sequence[str]) -> l
         raise
     except Exception as error:
         first = f", the first of {len(prompts)} prompts" if len(prompts) > 1 else ""
-        raise UserError(f"{name}: fails at {prompts[0][:60]!r}{first} ({_told(error)})") from error
+        raise UserError(f"{name}: fails at {prompts[0][:60]!r}{first} ({failure(error)})") from error
     if len(found) != len(completions):
         raise UserError(
             f"{name}: gave {len(found)} scores for {len(completions)} texts; one is wanted for each"
@@ -73,9 +73,3 @@ def _number(name: str, score: Any, text: str) -> float:
 
 def _name(reward: Any) -> str:
     return str(getattr(reward, "__qualname__", type(reward).__qualname__))
-
-
-def _told(error: Exception) -> str:
-    """An error's type and the first line of its text."""
-    text = str(error).strip().split("\n")[0]
-    return type(error).__name__ + (f": {text}" if text else "")
