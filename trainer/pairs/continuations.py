@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from trainer.data.chat import chat_turns
 from trainer.data.tokenize import tokenize_prompt, tokenize_prompts
 from trainer.generation import Sampling, answer_batches
 from trainer.judges import Judge
@@ -19,7 +20,7 @@ from trainer.judges.scored import TransformersJudge
 from trainer.pairs.prompts import Prompt
 from trainer.policy.devices import check_device, device_named
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
-from trainer.schema import Message, UserError
+from trainer.schema import UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,12 +194,6 @@ class LocalGenerator(Generator):
                     f"{self.adapter or self.base}: its weights are broken ({name} holds what is no number)"
                 )
         return model
-
-
-def chat_turns(text: str, system: str | None) -> list[Message]:
-    """A user's turn, behind a system turn where there is a text for it."""
-    user: Message = {"role": "user", "content": text}
-    return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
 def as_chat(pair: dict[str, Any], system: str | None = None) -> dict[str, Any]:

@@ -89,11 +89,12 @@ def _scored(row: Row, judge: Judge, rubric: Rubric) -> Row:
     choices = {each.key: each for some in judge.choose(questions) for each in some}
     scores: dict[str, dict[str, float | str]] = {text: {} for text in texts}
     for question, (text, criterion) in zip(questions, places, strict=True):
-        scores[text][criterion.key] = _score(choices[question.key])
+        scores[text][criterion.key] = score_of(choices[question.key])
     return {"key": row["key"], "scores": [{"text": text, "by": by} for text, by in scores.items()]}
 
 
-def _score(choice: Choice) -> float | str:
+def score_of(choice: Choice) -> float | str:
+    """The expected digit; of a judge that gives no probabilities the digit itself; or why there is none."""
     if choice.answered and choice.probabilities is None and choice.pick is not None:
         return float(choice.pick)
     return expected(choice)
