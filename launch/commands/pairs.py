@@ -17,6 +17,9 @@ from launch.commands.parsing import Kind, check_output, command_parser, dispatch
 from trainer.schema import UserError
 
 KINDS = {
+    "prompts": Kind(
+        "launch.commands.pairs_prompts:main", "picture the prompts before anything is generated for them"
+    ),
     "best-of-n": Kind(
         "launch.commands.pairs:best_of_n",
         "sample continuations of prompts, score them, and pair the best with the worst",

@@ -63,13 +63,14 @@ def spearman(points: Sequence[tuple[float, float]]) -> float | None:
     return found if math.isfinite(found) else None
 
 
-_SCRIPTS = {"ru": "CYRILLIC", "en": "LATIN"}
+LETTERS: Mapping[Language, str] = {"ru": "CYRILLIC", "en": "LATIN"}
+"""What the Unicode names of a language's letters begin with."""
 
 
 def script_share(text: str, language: Language) -> float | None:
     """The share of a language's script (Cyrillic, Latin) among a text's letters; None where it has none."""
     letters = [char for char in text if char.isalpha()]
-    own = sum(unicodedata.name(char, "").startswith(_SCRIPTS[language]) for char in letters)
+    own = sum(unicodedata.name(char, "").startswith(LETTERS[language]) for char in letters)
     return own / len(letters) if letters else None
 
 
