@@ -174,7 +174,7 @@ def test_a_wrong_key_ends_it_at_once(monkeypatch) -> None:
 
 
 def test_it_may_be_asked_again_after_it_was_gone() -> None:
-    with serving(lambda n, body: (503, {}) if n < 10 else (200, chat("A"))) as asked:
+    with serving(lambda n, body: (503, {}) if n < 12 else (200, chat("A"))) as asked:
         made = judge(asked.url, parallel=1)
         with pytest.raises(JudgeGone):
             choices(made, 6)
