@@ -42,6 +42,7 @@ _BUILDERS = {
     "self-judge": "trainer.pairs.self_judge.SelfJudge",
 }
 """Kinds whose builder is settled: its settings stand in the config as they are."""
+_WARNING = "warning: "
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -217,6 +218,8 @@ def _told(judging: dict[str, Any]) -> list[str]:
             f" {_percent(each['same_rounded'])}; {_percent(each['pairs_confirmed'])} of the pairs confirmed,"
             f" {_percent(each['pairs_contradicted'])} contradicted, {_percent(each['pairs_tied'])} tied"
         )
+        if (line := mass_line(each["mass"])) and line.startswith(_WARNING):
+            lines.append(line)
     return lines
 
 
@@ -227,11 +230,11 @@ def mass_line(mass: dict[str, Any] | None) -> str | None:
     if mass is None:
         return None
     told = (
-        f"probability of the digits: {_percent(mass['mean'])} on average, at least {_percent(mass['min'])}, below a"
-        f" half in {_percent(mass['below_half'])} of {mass['questions']:,} questions"
+        f"probability of the digits: {_percent(mass['mean'])} on average, {_percent(mass['min'])} at the least,"
+        f" below a half in {_percent(mass['below_half'])} of {mass['questions']:,} questions"
     )
     low = "; the model would mostly not have answered with a digit, so its scores say little"
-    return (f"warning: {told}{low}") if mass["mean"] < LOW else told
+    return f"{_WARNING}{told}{low}" if mass["mean"] < LOW else told
 
 
 def _percent(share: float | None) -> str:

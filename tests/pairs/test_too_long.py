@@ -50,7 +50,7 @@ def test_an_instruction_is_left_out_as_invalid(tmp_path, way) -> None:
     assert built.manifest["counts"]["dropped_invalid"] == 1
     judging = built.manifest["judging"]
     assert judging["unread"]["the prompt is too long"] == 4
-    example = next(each for each in judging["unread_examples"] if each["why"] == bad[0]["invalid"])
+    (example,) = [each for each in judging["unread_examples"] if each["why"] == bad[0]["invalid"]]
     assert example["prompt"] == long.strip()[:80], "which one it is, in its own first words"
 
 
@@ -77,6 +77,7 @@ def test_prompts_that_are_all_too_long_say_so(tiny_gpt2, tmp_path) -> None:
     prompts = TextPrompts(str(tmp_path / "texts.txt"), tokens=None, part="all")
     made = BestOfN(LocalGenerator(str(tiny_gpt2)), prompts, CountReward(), 2, Sampling(6, True))
     with pytest.raises(
-        UserError, match=r"no pair is left .*the prompt is too long \(60\d tokens; the model has 512"
+        UserError,
+        match=r"no pair is left .*, to 'xxx.*the prompt is too long \(60\d tokens; the model has 512",
     ):
         build(made, tmp_path / "out")

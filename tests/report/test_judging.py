@@ -111,10 +111,8 @@ def test_what_should_make_one_doubt_is_said(tmp_path) -> None:
     assert (
         f"50.0\u00a0% {order}, 30.0\u00a0% the other way round, 20.0\u00a0% tied: hardly more than" in notes
     )
-    assert "and 6 more could not be read and are not counted here" in notes
-    held = (
-        "The digits held 87.5\u00a0% of the probability on average, at least 25.0\u00a0%, less than half in"
-    )
+    assert ": look at the prompts. Of 6 more nothing could be read: they count for neither." in notes
+    held = "The digits held 87.5\u00a0% of the probability on average, 25.0\u00a0% at the least, and less than half in"
     assert f"{held} 1.2\u00a0% of 80 questions.\n" in notes
     assert "held 30.0\u00a0% of the probability on average" in notes
     assert notes.count("mostly the model would not have answered with a digit") == 1
@@ -132,6 +130,7 @@ def test_another_rubric_s_criteria_stand_beside_none_of_the_pairs_own() -> None:
     view = judging_view({"judging": JUDGING, "rescored": [OTHER | {"same_rubric": False, "mass": MASS}]})
     assert view is not None
     assert [cells[-2:] for _, cells in view["table"]["rows"]] == [["–", "–"], ["–", "–"]]
+    assert view["legend"].endswith("big: large-model, asked by another rubric.")
     assert (
         "by another rubric than the one the pairs were made by: criteria are not comparable"
         in view["notes"][-1]

@@ -78,7 +78,8 @@ class BestOfN(PairBuilder):
                 raise UserError(f"{self.generator.path}: has no scores; give a reward, or map columns.score")
             return self.generator.load()
         assert self.source is not None
-        tokenizer = self.generator.tokenizer_of()
+        with naming(self.generator, "tokenizer_of"):
+            tokenizer = self.generator.tokenizer_of()
         with naming(self.source, "load"):
             return self.source.load(tokenizer)
 

@@ -195,8 +195,11 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
     if not kept:
         (output / PAIRS).unlink(missing_ok=True)
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        invalid = (each["invalid"] for row in rows for each in row["candidates"] if each.get("invalid"))
-        why = "".join(f"; the first invalid text: {each}" for each in itertools.islice(invalid, 1))
+        invalid = ((row, each) for row in rows for each in row["candidates"] if each.get("invalid"))
+        why = "".join(
+            f"; the first invalid text, to {row['prompt'][:40]!r}: {each['invalid']}"
+            for row, each in itertools.islice(invalid, 1)
+        )
         raise UserError(f"{output}: no pair is left ({told}{why}); ask for more texts, or less of each")
     _write_once(output / PAIRS, texts[PAIRS])
     manifest = {

@@ -116,7 +116,8 @@ def _share(found: Iterable[bool]) -> float | None:
 def _unread(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The first answers that no score could be read from; all of them stand in the candidates.
 
-    Of those that say nothing (the prompt was too long, say) the prompt tells which they are.
+    Of those that say nothing (the prompt was too long, say) the prompt tells which they are, and the first stands for
+    all samples.
     """
     found = (
         {
@@ -130,7 +131,16 @@ def _unread(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for number, each in enumerate(row["candidates"])
         if each.get("invalid")
     )
-    return list(itertools.islice(found, LISTED))
+    seen: set[tuple[str, str]] = set()
+    listed = []
+    for each in found:
+        if not each["said"] and (each["key"], each["why"]) in seen:
+            continue
+        seen.add((each["key"], each["why"]))
+        listed.append(each)
+        if len(listed) == LISTED:
+            break
+    return listed
 
 
 def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class SelfJudge(PairBuilder):
 
     @override
     def prompts(self) -> Prompts:
-        tokenizer = self.generator.tokenizer_of()
+        with naming(self.generator, "tokenizer_of"):
+            tokenizer = self.generator.tokenizer_of()
         with naming(self.source, "load"):
             return self.source.load(tokenizer)
 
@@ -219,7 +220,8 @@ class SelfJudge(PairBuilder):
 
     @functools.cached_property
     def _judge(self) -> Judge:
-        return self.generator.scorer(self.scoring_batch_size or 8)
+        with naming(self.generator, "scorer"):
+            return self.generator.scorer(self.scoring_batch_size or 8)
 
     @override
     def pair(self, row: Row, counts: Counter[str]) -> Pair | None:

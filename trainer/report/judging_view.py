@@ -48,7 +48,10 @@ def _shown(said: Any) -> Shown:
 def _said(other: Mapping[str, Any]) -> str:
     judge = other.get("judge") or {}
     named = readable(str(judge.get("model") or judge.get("class") or "another judge"))
-    return f"{readable(str(other.get('label')))}: {named}, its mean and its Spearman correlation with the model's own."
+    told = f"{readable(str(other.get('label')))}: {named}"
+    if other.get("same_rubric") is False:
+        return f"{told}, asked by another rubric."
+    return f"{told}, its mean and its Spearman correlation with the model's own."
 
 
 def _table(found: Mapping[str, Any], others: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -97,8 +100,8 @@ def _mass(found: Mapping[str, Any]) -> list[str]:
 
 def _held(mass: Mapping[str, Any]) -> str:
     """How much of the probability the digits had before it was shared out among them."""
-    told = f"The digits held {_percent(mass['mean'])} of the probability on average, at least {_percent(mass['min'])},"
-    told += f" less than half in {_percent(mass['below_half'])} of {mass['questions']:,} questions"
+    told = f"The digits held {_percent(mass['mean'])} of the probability on average, {_percent(mass['min'])} at the"
+    told += f" least, and less than half in {_percent(mass['below_half'])} of {mass['questions']:,} questions"
     low = ": mostly the model would not have answered with a digit, and its scores say little."
     return told + (low if mass["mean"] < _LOW else ".")
 
@@ -146,9 +149,11 @@ def _language(found: Mapping[str, Any]) -> list[str]:
         f"{language['other']:,} of {language['answers']:,} answers ({_percent(language['share'])}) are not in"
     )
     told += f" {wanted}, by the script of their letters; {language['without_letters']:,} have no letters"
-    if missing := language.get("not_read"):
-        told += f", and {missing:,} more could not be read and are not counted here"
-    return [told + (": look at the prompts." if language["share"] >= _OTHER else ".")]
+    told += ": look at the prompts." if language["share"] >= _OTHER else "."
+    missing = language.get("not_read")
+    return [
+        told + (f" Of {missing:,} more nothing could be read: they count for neither." if missing else "")
+    ]
 
 
 def _agreement(found: Mapping[str, Any]) -> list[str]:
