@@ -289,6 +289,31 @@ def test_the_shipped_rubrics(place, tmp_path, language, way) -> None:
     assert len(judging["criteria"]) == (5 if way == "apart" else 1)
 
 
+def test_questions_that_get_nonsense_for_ever_do_not_end_the_run(place, tmp_path) -> None:
+    """Both criteria of one answer: it has no score, a rerun asks nothing, and all others are scored."""
+
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, Any]:
+        said = body["messages"][-1]["content"]
+        if not body.get("logprobs"):
+            return 200, answered(f"City {'ABC'[body['seed'] % 3]}")
+        return (200, b"<html>") if "City C" in said else (200, answered("4", top={"4": -0.1}))
+
+    with serving(answer) as asked:
+        generator = ServerGenerator(asked.url, "some", chat=True, attempts=2, wait=0.01)
+        prompts = InstructionPrompts(str(place / "list.txt"), where={}, part="all", limit=3)
+        rubric = str(place / "rubric" / "rubric.yaml")
+        made = SelfJudge(generator, prompts, rubric, n=6)
+        with pytest.raises(UserError, match=r"no pair is left .*dropped_tie"):
+            build(made, tmp_path / "out")
+        number = len(asked.bodies)
+        with pytest.raises(UserError, match="no pair is left"):
+            build(made, tmp_path / "out")
+        assert len(asked.bodies) == number
+    for each in (each for row in rows(tmp_path / "out") for each in row["candidates"]):
+        assert (each["score"] is None) == (each["text"] == "City C")
+        assert "no OpenAI-compatible answer" in each.get("invalid", "no OpenAI-compatible answer")
+
+
 def test_a_score_that_is_missing_makes_the_answer_invalid(place, tmp_path) -> None:
     def answer(number: int, body: dict[str, Any]) -> tuple[int, Any]:
         said = body["messages"][-1]["content"]
