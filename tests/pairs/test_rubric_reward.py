@@ -16,7 +16,6 @@ from trainer.judges.scored import TransformersJudge
 from trainer.pairs.prompts import Prompt
 from trainer.pairs.rubric import RUBRIC, Rubric
 from trainer.pairs.rubric_reward import RubricReward
-from trainer.pairs.self_judge import expected
 from trainer.policy.load import PolicyConfig, load_frozen, load_tokenizer
 from trainer.report.collect import collect
 from trainer.report.render import render_html, render_markdown
@@ -51,7 +50,9 @@ def test_parts_are_the_judges_expected_digits(judge: TransformersJudge) -> None:
         assert isinstance(by, dict)
         for criterion in rubric.criteria:
             ((choice,),) = judge.choose([rubric.question("k", asked, said, criterion, 0)])
-            assert by[criterion.key] == pytest.approx(expected(choice), abs=1e-5)
+            assert choice.probabilities is not None
+            expected = sum(n * share for n, share in enumerate(choice.probabilities, start=1))
+            assert by[criterion.key] == pytest.approx(expected, abs=1e-5)
     whole = scored(RubricReward(judge), ASKED, SAID)
     assert whole == pytest.approx([sum(by.values()) / 5 for by in found])  # type: ignore[union-attr]
     assert len(set(whole)) == 3

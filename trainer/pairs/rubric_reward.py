@@ -8,8 +8,8 @@ from typing import Any
 from typing_extensions import override
 
 from trainer.judges import Judge
-from trainer.pairs.rescoring import score_of
 from trainer.pairs.rubric import RUBRIC, Rubric
+from trainer.pairs.scoring import marks
 from trainer.rewards import PartedReward
 from trainer.schema import UserError
 
@@ -42,8 +42,7 @@ class RubricReward(PartedReward):
             if text
             for criterion in self.rubric.criteria
         ]
-        choices = {each.key: each for some in self.judge.choose(asked) for each in some}
-        scores = {question.key: score_of(choices[question.key]) for question in asked}
+        scores = {key: mark.score for key, mark in marks(self.judge, asked, in_words=True).items()}
         found: list[dict[str, float] | str] = []
         for number, text in enumerate(completions):
             if not text.strip():
