@@ -14,6 +14,7 @@ from trainer.schema import UserError
 
 KINDS = {
     "parts": Kind("launch.commands.scratch:parts", "deal texts to files that share none, by their content"),
+    "halves": Kind("launch.commands.scratch:halves", "cut lines in two: how the first half goes on"),
     "lessons": Kind(
         "launch.commands.scratch:lessons", "make chats of questions, answers and marks, for small chat models"
     ),
@@ -71,6 +72,43 @@ def parts(arguments: Sequence[str]) -> int:
     counts = write_parts(texts, given.shares, check_output(given.output), given.label is not None, given.join)
     for name, count in counts.items():
         print(f"{name}: {count:,} texts")
+    return 0
+
+
+def halves_parser() -> ArgumentParser:
+    """The arguments of `tandem scratch halves`."""
+    made = command_parser(
+        "scratch halves",
+        "Cut lines in two by their words: a prompt, and how it really goes on. OUTPUT/train.jsonl, test.jsonl, and"
+        " texts.jsonl with train's whole lines.",
+    )
+    made.add_argument(
+        "--path",
+        type=str,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="Text files, one text a line, or the .yaml of a text source.",
+    )
+    made.add_argument(
+        "--test_fraction", type=float, default=0.2, help="Share of the lines kept for the test."
+    )
+    made.add_argument("--shortest", type=int, default=4, help="Leave out lines of fewer words.")
+    made.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the halves.")
+    made.add_argument("--offline", action="store_true", help="Never ask the network.")
+    return made
+
+
+def halves(arguments: Sequence[str]) -> int:
+    """Run `tandem scratch halves`; returns the exit status."""
+    given = parsed(halves_parser(), arguments)
+    from launch.scratch.texts import read_lines, write_halves
+
+    output = check_output(given.output)
+    for name, count in write_halves(
+        read_lines(given.path), output, given.test_fraction, given.shortest
+    ).items():
+        print(f"{name}: {count:,} lines")
     return 0
 
 

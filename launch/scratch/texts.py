@@ -73,6 +73,28 @@ def read(texts: Texts, labelled: bool) -> Read:
     return found
 
 
+def read_lines(paths: Sequence[str]) -> Read:
+    """The texts of files, one a line, and of the YAML files of text sources; each once, in their order."""
+    from launch.sources import text_source
+    from trainer.evaluation.letters import read_texts
+
+    found, seen = Read(), set()
+    found.hashes = {}
+    for path in paths:
+        if Path(path).suffix in (".yaml", ".yml"):
+            loaded = text_source(path).load()
+            texts = [text for row in loaded.rows for text in row.texts.values()]
+            found.hashes |= loaded.hashes
+        else:
+            texts = read_texts(path, None)
+            found.hashes[path] = sha256_file(path)
+        for text in texts:
+            if text.strip() and (key := content_key(text)) not in seen:
+                seen.add(key)
+                found.append((text, None))
+    return found
+
+
 def validates(text: str, fraction: float) -> bool:
     """Whether a text is one of those to measure on: by its content alone."""
     return split_share(content_key(text), "scratch/validation") < fraction
@@ -122,6 +144,40 @@ def write_parts(
         {"texts": rows.hashes, "shares": dict(shares), "counts": counts, "files": hashes},
     )
     return counts
+
+
+def write_halves(lines: Read, folder: Path, test_fraction: float = 0.2, shortest: int = 4) -> dict[str, int]:
+    """Cut lines in two by their words: `prompt` is the first half, `completion` the rest with the blank before it.
+
+    `train.jsonl` and `test.jsonl` share no line; `texts.jsonl` are the whole lines of train. Lines of fewer than
+    `shortest` words are left out. Returns how many each file has, and how many were left out.
+    """
+    if not 0 < test_fraction < 1 or shortest < 2:
+        raise UserError(
+            f"--test_fraction {test_fraction}, --shortest {shortest}: should be between 0 and 1, and 2 words or more"
+        )
+    files: dict[str, list[str]] = {"train": [], "test": [], "texts": []}
+    short = 0
+    for line, _ in lines:
+        words = line.split()
+        if len(words) < shortest:
+            short += 1
+            continue
+        tests = split_share(content_key(line), "scratch/halves") < test_fraction
+        half = len(words) // 2
+        row = {"prompt": " ".join(words[:half]), "completion": " " + " ".join(words[half:])}
+        files["test" if tests else "train"].append(json.dumps(row, ensure_ascii=False) + "\n")
+        if not tests:
+            files["texts"].append(json.dumps({"text": " ".join(words)}, ensure_ascii=False) + "\n")
+    if empty := [name for name, rows in files.items() if not rows]:
+        raise UserError(
+            f"{len(lines)} lines leave {empty[0]}.jsonl empty; give more, or another --test_fraction"
+        )
+    for name, rows in files.items():
+        write_text(folder / f"{name}.jsonl", "".join(rows))
+    counts = {name: len(rows) for name, rows in files.items()}
+    write_json(folder / "halves.json", {"texts": lines.hashes, "counts": counts, "short": short})
+    return counts | {"left out": short}
 
 
 def _part_of(key: str, shares: Mapping[str, float]) -> str:
