@@ -17,11 +17,13 @@ from launch.cli import main
 from launch.commands import evaluate_reward as reward_command
 from launch.commands import evaluate_win_rate as win_rate_command
 from launch.commands import pairs as pairs_command
+from launch.commands import pairs_prompts as prompts_command
 from launch.commands import scratch as scratch_command
 from launch.commands import spin as spin_command
 from launch.commands.evaluate_letters import parser as evaluation
 from launch.errors import check_yaml
 from launch.fit import TandemCLI
+from launch.scratch.lessons import Lessons, write_lessons
 from launch.self_play import parser as self_play_parser
 from launch.sources import text_source
 from launch.stages import load_recipe, plan
@@ -44,10 +46,13 @@ COMMANDS = {
     "imdb/*pairs*.yaml": lambda: pairs_command.build_parser("best-of-n"),
     "oasst_ru/*pairs*.yaml": lambda: pairs_command.build_parser("self-judge"),
     "imdb/*evaluation*.yaml": reward_command.parser,
+    "oasst_ru/*evaluation*.yaml": reward_command.parser,
+    "oasst_ru/instructions.yaml": prompts_command.parser,
     "hh_rlhf/win_rate.yaml": win_rate_command.parser,
     "spin/chats.yaml": spin_command.reformat_parser,
     "spin/generate.yaml": spin_command.generate_parser,
     "*/tiny_generator.yaml": lambda: scratch_command.model_parser("generator"),
+    "*/tiny_chat.yaml": lambda: scratch_command.model_parser("chat"),
     "*/tiny_reward.yaml": lambda: scratch_command.model_parser("classifier"),
 }
 """Configs of other commands, and the parser that reads them."""
@@ -56,6 +61,7 @@ CLASSES = {"judges/*.yaml": Judge, "hh_rlhf/rows.yaml": Source, "*/*prompts.yaml
 """Objects that other configs name by their file, and what they are."""
 _OTHERS = {path: kind for sign, kind in CLASSES.items() for path in sorted(CONFIGS.glob(sign))}
 OF_CLASSES = {path: kind for path, kind in _OTHERS.items() if path not in OF_COMMANDS}
+LESSONS = sorted(CONFIGS.glob("*/*lessons.yaml"))
 RUBRICS = [path for path in FILES if "criteria" in (check_yaml(path) or {})]
 
 
@@ -75,7 +81,8 @@ def _in_the_checkout():
 
 def test_every_file_is_of_a_known_kind():
     assert (
-        sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS, *OF_COMMANDS, *OF_CLASSES, *RUBRICS]) == FILES
+        sorted([*RECIPES, *TEXTS, *HARDWARE, *STAGES, *MODELS, *OF_COMMANDS, *OF_CLASSES, *RUBRICS, *LESSONS])
+        == FILES
     )
 
 
@@ -94,6 +101,12 @@ def test_files_that_name_a_class(file):
 @pytest.mark.parametrize("file", named(RUBRICS))
 def test_rubrics(file):
     assert len(Rubric.read(file).criteria) == 5
+
+
+@pytest.mark.parametrize("file", named(LESSONS))
+def test_lessons(file, tmp_path):
+    made = Lessons(file, "configs/oasst_ru/rubric_ru.yaml", answers=20, marks=20)
+    assert write_lessons(made, tmp_path)["instructions"] > 100
 
 
 @pytest.mark.parametrize("file", named(STAGES))

@@ -71,6 +71,29 @@ def test_names_are_replaced_and_flags_and_lists_written(tmp_path):
     assert end == ["report", "out"]
 
 
+def test_a_name_may_stand_for_a_class(tmp_path):
+    """Nothing is built of it: it goes on as JSON, whole or within other JSON."""
+    judge = {"class_path": "trainer.judges.scored.TransformersJudge", "init_args": {"model": "owner/name"}}
+    arguments = {"judge": "{judge}", "rewards": '{"outside": {"init_args": {"judge": {judge}}}}'}
+    path = write(
+        tmp_path,
+        [{"name": "one", "command": "pairs rescore out", "arguments": arguments}],
+        names={"judge": judge},
+    )
+    ((_, _, _, _, given, _, rewards),) = words(path)
+    assert json.loads(given) == judge
+    assert json.loads(rewards)["outside"]["init_args"]["judge"] == judge
+    ((_, _, _, _, given, *_),) = words(path, judge="x.gguf")
+    assert given == "x.gguf"
+
+
+@pytest.mark.parametrize("names", [["a"], {1: "a"}, "a"])
+def test_names_that_are_none(names, tmp_path):
+    path = write(tmp_path, [{"name": "one", "command": "fit"}], names=names)
+    with pytest.raises(UserError, match=r"recipe.yaml: names: .* it should hold values by their names"):
+        load_recipe(path)
+
+
 def test_paths_with_a_dot_are_relative_to_the_recipe(tmp_path):
     names = {"here": "./texts.yaml", "there": "../base", "hub": "owner/model"}
     path = write(tmp_path, [{"name": "one", "command": "x {here} {there} {hub}"}], names=names)

@@ -98,6 +98,63 @@ def test_texts_come_once(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_are_cut_in_two(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    lines = [f"line number {n} goes  on for {n} words" for n in range(60)]
+    (tmp_path / "lines.txt").write_text("\n".join([*lines, lines[3], "too short"]))
+    words = ["halves", "--path", str(tmp_path / "lines.txt"), "--output", str(tmp_path / "halves")]
+    assert main(["scratch", *words]) == 0
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / f"halves/{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test", "texts")
+    }
+    assert f"train: {len(rows['train'])} lines" in (said := capsys.readouterr().out)
+    assert "left out: 1 lines" in said
+    whole = {name: [row["prompt"] + row["completion"] for row in rows[name]] for name in ("train", "test")}
+    assert sorted(whole["train"] + whole["test"]) == sorted(" ".join(line.split()) for line in lines)
+    assert [row["text"] for row in rows["texts"]] == whole["train"]
+    assert 3 <= len(rows["test"]) <= 24
+    assert rows["train"][0]["prompt"].split() == rows["texts"][0]["text"].split()[:4]
+    # Where a line goes does not depend on what else there is.
+    (tmp_path / "fewer.txt").write_text("\n".join(lines[::2]))
+    assert (
+        main(["scratch", "halves", "--path", str(tmp_path / "fewer.txt"), "--output", str(tmp_path / "f")])
+        == 0
+    )
+    fewer = [json.loads(line) for line in (tmp_path / "f/test.jsonl").read_text().splitlines()]
+    assert all(row in rows["test"] for row in fewer)
+
+
+def test_lines_of_a_text_source(tmp_path: Path) -> None:
+    made = tmp_path / "made.yaml"
+    made.write_text(
+        "class_path: trainer.data.sources.GeneratedTexts\ninit_args: {count: 30, languages: [en], seed: 4}\n"
+    )
+    assert main(["scratch", "halves", "--path", str(made), "--output", str(tmp_path / "halves")]) == 0
+    assert (
+        sum(json.loads((tmp_path / "halves/halves.json").read_text())["counts"][n] for n in ("train", "test"))
+        == 30
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "told"),
+    [
+        ("", [], "no text"),
+        ("one two\n", [], "leave train.jsonl empty"),
+        ("a b c d\n" * 9, ["--test_fraction", "1"], "--test_fraction 1.0"),
+        (None, [], "lines.txt"),
+    ],
+)
+def test_lines_that_cannot_be_cut(content, words, told, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    if content is not None:
+        (tmp_path / "lines.txt").write_text(content)
+    given = ["--path", str(tmp_path / "lines.txt"), "--output", str(tmp_path / "halves"), *words]
+    assert main(["scratch", "halves", *given]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
 # --- windows
 
 
