@@ -88,7 +88,7 @@ def make_chat(settings: ChatSettings, output: Path) -> dict[str, Any]:
         Answers(rows[0], steps * size, settings.seed),
         Answers(rows[1], min(len(rows[1]), 512), settings.seed + 1),
     )
-    loss = train(model, tokenizer, data, settings.learning, settings.seed)["eval_loss"]
+    loss = train(model, tokenizer, data, settings.learning, settings.seed, alike=True)["eval_loss"]
     figures = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 50)),
@@ -132,3 +132,6 @@ class Answers:
         row = self.rows[int(self._order[1][place])]
         prompt, answer = list(row.prompt), list(row.completion)
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(self.count))

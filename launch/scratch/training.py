@@ -219,8 +219,12 @@ def train(
     data: tuple[Any, Any],
     learning: Learning,
     seed: int,
+    alike: bool = False,
 ) -> dict[str, float]:
-    """Train in place; what Trainer would leave (pickles among it) stays in a folder that goes."""
+    """Train in place; what Trainer would leave (pickles among it) stays in a folder that goes.
+
+    `alike`: a batch holds rows of like length, which are less to pad.
+    """
     labelled = data[0].labels is not None
     # Trainer's figures go to stdout, which is for the result.
     with tempfile.TemporaryDirectory() as aside, contextlib.redirect_stdout(sys.stderr):
@@ -238,6 +242,7 @@ def train(
             save_strategy="no",
             report_to=[],
             seed=seed,
+            train_sampling_strategy="group_by_length" if alike else "random",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
