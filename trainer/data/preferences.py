@@ -15,8 +15,10 @@ from trainer.data.cells import (
     BrokenRow,
     EmptyCompletion,
     check_answer,
+    check_earlier_answers,
     digest,
     messages,
+    part_plain,
     part_turns,
     text_or_turns,
     yes_or_no,
@@ -25,7 +27,7 @@ from trainer.data.digests import Digests
 from trainer.data.files import Table, fingerprint, read_rows
 from trainer.data.lines import BrokenLine
 from trainer.data.sources import Loaded, Source, Streamed, split_share
-from trainer.schema import Demonstration, Preference, Split, Text, UserError
+from trainer.schema import Demonstration, Preference, ScoredTurns, Split, Text, UserError
 
 _VALIDATION_FRACTION = 0.05
 _LISTED = 10
@@ -83,6 +85,7 @@ class _Rows(Source):
 
     prompt_template = None
     _known: ClassVar[tuple[str, ...]] = ()
+    _theirs: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         self._apart = self.validation_path is not None or self.validation_split is not None
@@ -102,7 +105,7 @@ class _Rows(Source):
                 )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"{self.path}: limit is {self.limit}; it should be 1 or more")
-        mapped = self.columns or {}
+        mapped = {**self._theirs, **(self.columns or {})}
         if unknown := sorted(set(mapped) - set(self._known)):
             known = ", ".join(self._known)
             raise UserError(f"{self.path}: columns maps {unknown}; only {known} can be mapped")
@@ -276,8 +279,9 @@ class PreferenceFile(_Rows):
 
     Each is plain text or a list of messages (`role`, `content`). Without a `prompt`, the turns that chosen
     and rejected share are the prompt; rows that share none, or whose answers are not one turn, are dropped
-    and counted. For whole dialogues in plain text, `prompt_ends` says how a prompt ends. Rows with the same
-    chosen and rejected are dropped and counted, and so are repeated rows. Columns `chosen_finished` and
+    and counted. Earlier answers of a chat are not scored: chosen and rejected share them, so that nothing would change
+    in what tells the two apart. For whole dialogues in plain text, `prompt_ends` says how a prompt ends. Rows with the
+    same chosen and rejected are dropped and counted, and so are repeated rows. Columns `chosen_finished` and
     `rejected_finished`, where there are any, say whether a completion came to its end (true) or was cut (false).
 
     Args:
@@ -339,19 +343,8 @@ class PreferenceFile(_Rows):
         if self.prompt_ends is None:
             name = self._names["prompt"]
             raise BrokenRow(f"{origin}: no prompt in column {name!r}; give one, messages, or set prompt_ends")
-        ends = [text.rfind(self.prompt_ends) for text in (chosen, rejected)]
-        if ends[0] < 0 or ends[0] != ends[1]:
-            return None
-        cut = ends[0] + len(self.prompt_ends)
-        if chosen[:cut] != rejected[:cut]:
-            return None
-        for name, answer in (("chosen", chosen[cut:]), ("rejected", rejected[cut:])):
-            if not answer.strip():
-                raise EmptyCompletion(
-                    f"{origin}: column {self._names[name]!r} has nothing after "
-                    f"{self.prompt_ends!r}; set empty to drop such rows"
-                )
-        return chosen[:cut], chosen[cut:], rejected[cut:]
+        columns = (self._names["chosen"], self._names["rejected"])
+        return part_plain(chosen, rejected, self.prompt_ends, origin, columns)
 
 
 @dataclasses.dataclass
@@ -361,7 +354,13 @@ class DemonstrationFile(_Rows):
     Of `messages`, the last turn, which should be the assistant's, is the completion and those before it the
     prompt. A column `finished`, where there is one, says whether a completion came to its end (true) or was cut
     (false).
+
+    Args:
+        scored_turns: which answers of a chat are learned: `last`, or `all`, which scores every turn of the assistant
+            that answers something, each up to the token that ends it, and nothing of the user's or the template's.
     """
+
+    scored_turns: ScoredTurns = "last"
 
     _known = ("prompt", "completion", "messages", "finished")
 
@@ -392,4 +391,9 @@ class DemonstrationFile(_Rows):
     def _made(self, prompt: Text, completion: Text, row: dict[str, Any], origin: str) -> Demonstration:
         finished = yes_or_no(row["finished"], origin, self._names["finished"])
         cut = [] if finished else ["finished"]
-        return Demonstration(prompt, completion, digest(prompt, completion, *cut)[:24], origin, finished)
+        key = digest(prompt, completion, *cut)[:24]
+        if not isinstance(prompt, str) and not isinstance(completion, str):
+            prompt, completion = [*prompt, *completion[:-1]], completion[-1:]
+        if self.scored_turns == "all":
+            check_earlier_answers(prompt, origin)
+        return Demonstration(prompt, completion, key, origin, finished, self.scored_turns)
