@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dropped:
+class Dropped:
     """Why a row gives no record: the name of its count, and what was wrong with it where that is known."""
 
     count: str
@@ -44,7 +44,7 @@ class _Dropped:
 
 _FINISHED = ("chosen_finished", "rejected_finished")
 Record = Preference | Demonstration
-_Parse = Callable[[dict[str, Any], str], Record | _Dropped]
+_Parse = Callable[[dict[str, Any], str], Record | Dropped]
 
 
 @dataclasses.dataclass
@@ -127,7 +127,7 @@ class _Rows(Source):
     def left_out(self, split: Split) -> Iterator[tuple[str, str]]:
         """Every row that no split has, in the file's order: where it stands, and why it was left out."""
         for origin, found in self._found(self._table(split), split):
-            if isinstance(found, _Dropped) and found.count.startswith("dropped_"):
+            if isinstance(found, Dropped) and found.count.startswith("dropped_"):
                 yield origin, found.said or found.count.removeprefix("dropped_").replace("_", " ")
 
     def fingerprint(self, split: Split) -> dict[str, str]:
@@ -178,7 +178,7 @@ class _Rows(Source):
         found = Digests()
         for origin, row in table.with_broken():
             record = self._record(row, origin, parse)
-            if not isinstance(record, _Dropped):
+            if not isinstance(record, Dropped):
                 found.add(_said_of(record))
         return found
 
@@ -188,24 +188,24 @@ class _Rows(Source):
             has = ", ".join(table.available)
             raise UserError(f"{table.name}: no column {', '.join(missing)}; its columns are: {has}")
 
-    def _record(self, row: dict[str, Any] | BrokenLine, origin: str, parse: _Parse) -> Record | _Dropped:
+    def _record(self, row: dict[str, Any] | BrokenLine, origin: str, parse: _Parse) -> Record | Dropped:
         if isinstance(row, BrokenLine):
-            return _Dropped("dropped_broken", str(row))
+            return Dropped("dropped_broken", str(row))
         try:
             return parse({name: row.get(column) for name, column in self._names.items()}, origin)
         except EmptyCompletion as error:
             if self.empty == "refuse":
                 raise
-            return _Dropped("dropped_empty", str(error))
+            return Dropped("dropped_empty", str(error))
         except BrokenRow as error:
             if self.broken == "refuse":
                 raise
-            return _Dropped("dropped_broken", str(error))
+            return Dropped("dropped_broken", str(error))
 
     def _records(self, table: Table, split: Split, counts: Counter[str]) -> Iterator[Record]:
         broken: list[str] = []
         for _, found in self._found(table, split):
-            if isinstance(found, _Dropped):
+            if isinstance(found, Dropped):
                 counts[found.count] += 1
                 if found.count == "dropped_broken" and len(broken) < _LISTED:
                     broken.append(found.said)
@@ -223,23 +223,23 @@ class _Rows(Source):
         more = f"\nand {number - len(broken)} more" if number > len(broken) else ""
         log.warning("%d broken rows are left out:\n%s%s", number, "\n".join(broken), more)
 
-    def _found(self, table: Table, split: Split) -> Iterator[tuple[str, Record | _Dropped]]:
+    def _found(self, table: Table, split: Split) -> Iterator[tuple[str, Record | Dropped]]:
         """Where each row stands, and its record in this split, or why there is none."""
         parse = self._parser(table)
         held_out = self._prompts_held_out if self._apart and split == "train" else Digests()
         seen, kept = Digests(), 0
         for origin, row in table.with_broken():
             record = self._record(row, origin, parse)
-            if isinstance(record, _Dropped):
+            if isinstance(record, Dropped):
                 yield origin, record
             elif not self._holds(record, split):
-                yield origin, _Dropped("other_splits")
+                yield origin, Dropped("other_splits")
             elif len(held_out) and _said_of(record) in held_out:
-                yield origin, _Dropped("dropped_in_validation")
+                yield origin, Dropped("dropped_in_validation")
             elif record.id in seen:
-                yield origin, _Dropped("dropped_duplicate")
+                yield origin, Dropped("dropped_duplicate")
             elif self.limit is not None and kept == self.limit:
-                yield origin, _Dropped("dropped_over_limit")
+                yield origin, Dropped("dropped_over_limit")
             else:
                 seen.add(record.id)
                 kept += 1
@@ -306,7 +306,7 @@ class PreferenceFile(_Rows):
         self._require(table, "chosen", "rejected")
         return self._parse
 
-    def _parse(self, row: dict[str, Any], origin: str) -> Preference | _Dropped:
+    def _parse(self, row: dict[str, Any], origin: str) -> Preference | Dropped:
         prompt = (
             None
             if row["prompt"] is None
@@ -331,9 +331,9 @@ class PreferenceFile(_Rows):
         else:
             parted = part_turns(prompt, chosen, rejected, origin, self._names["prompt"])
         if parted is None:
-            return _Dropped("dropped_prompts_differ")
+            return Dropped("dropped_prompts_differ")
         if parted[1] == parted[2]:
-            return _Dropped("dropped_identical")
+            return Dropped("dropped_identical")
         prompt, better, worse = parted
         ends = [yes_or_no(row[name], origin, self._names[name]) for name in _FINISHED]
         cut = [name for name, end in zip(_FINISHED, ends, strict=True) if not end]
