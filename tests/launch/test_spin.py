@@ -20,7 +20,7 @@ from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 
 from launch.cli import main
-from launch.self_play import _interval
+from launch.self_play_lineage import interval
 from tests.launch.helpers import ROOT
 from tests.policy.test_load import save_plain
 
@@ -239,9 +239,9 @@ def test_the_adapter_s_own_lora_settings_are_accepted(here, tiny_llama):
 
 def test_an_interval_says_whether_generated_can_be_told_from_real():
     # Wilson, 95 %: 60 of 100 is 0.502 to 0.691, and 59 of 100 is 0.492 to 0.681.
-    assert _interval(0.60, 100, 0.95) == pytest.approx([0.5020, 0.6906], abs=1e-4)
-    assert _interval(0.59, 100, 0.95) == pytest.approx([0.4920, 0.6813], abs=1e-4)
-    assert _interval(0.59, 100, None) is None
+    assert interval(0.60, 100, 0.95) == pytest.approx([0.5020, 0.6906], abs=1e-4)
+    assert interval(0.59, 100, 0.95) == pytest.approx([0.4920, 0.6813], abs=1e-4)
+    assert interval(0.59, 100, None) is None
 
 
 # --- all iterations
@@ -276,7 +276,7 @@ def adapter_of(output: Path) -> bytes:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_all_iterations_killed_anywhere_and_run_again(ready, tiny_llama):
-    whole = run(loop(ready, tiny_llama, "whole", "--stop_confidence", "null"), ready)
+    whole = run(loop(ready, tiny_llama, "whole", "--stop_confidence", "never"), ready)
     assert "spin: all iterations, 2 of 2: whole/last" in whole
     lineage = json.loads((ready / "whole" / "lineage.json").read_text())
     first, second = lineage["iterations"]
@@ -284,9 +284,9 @@ def test_all_iterations_killed_anywhere_and_run_again(ready, tiny_llama):
     assert [each["lr"] for each in (first, second)] == [0.01, 0.005]
     assert [each["seeds"]["generate"] for each in (first, second)] == [0, 1]
     assert second["pairs"]["counts"]["train"]["previous"] == first["pairs"]["counts"]["train"]["kept"]
-    again = run(loop(ready, tiny_llama, "whole", "--stop_confidence", "null"), ready)
+    again = run(loop(ready, tiny_llama, "whole", "--stop_confidence", "never"), ready)
     assert again.count("done before, skipped") == 8
-    command = loop(ready, tiny_llama, "killed", "--stop_confidence", "null")
+    command = loop(ready, tiny_llama, "killed", "--stop_confidence", "never")
     for sign in ("generate-1/*/parts/0.jsonl", "train-1/checkpoints/step-*", "train-2/checkpoints/step-*"):
         killed_when(command, ready, f"killed/{sign}")
     run(command, ready)
@@ -336,7 +336,7 @@ def test_it_stops_when_generated_can_no_longer_be_told_from_real(ready, tiny_lla
 @pytest.mark.parametrize("reference", ["shared", "sharded"])
 def test_iterations_on_two_ranks_under_zero3_are_those_of_one(reference, ready, tiny_llama):
     config(ready, "lora", reference=reference)
-    small = ["--stop_confidence", "null", "--model.optimizer.lr", "0.01", "--trainer.max_steps", "2"]
+    small = ["--stop_confidence", "never", "--model.optimizer.lr", "0.01", "--trainer.max_steps", "2"]
     sharded = ["--trainer.devices", "2", "--trainer.strategy", "zero3", "--ranks", "2"]
     run(loop(ready, tiny_llama, "one", *small, "--iterations", "1", "--lr", "0.01"), ready)
     run(loop(ready, tiny_llama, "two", *small, *sharded, "--iterations", "3"), ready)
