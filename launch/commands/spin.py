@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,7 +193,12 @@ def generate(arguments: Sequence[str]) -> int:
     import torch
 
     from launch.ending import leave_together
+    from launch.launchers import follow_parent
 
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # killed, torchrun would leave ranks that write what the next ones are to
+        follow_parent(grace=0.0)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     try:

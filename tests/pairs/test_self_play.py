@@ -20,6 +20,7 @@ from trainer.generation import Sampling
 from trainer.pairs.self_play import Opponent, Part, generate, read_chats
 from trainer.pairs.self_play_merge import convert
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
+from trainer.provenance import write_text
 from trainer.schema import UserError
 
 CHAT = [
@@ -240,6 +241,37 @@ def resealed(folder: Path, rows: list[dict[str, Any]], **changed: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["train.jsonl"] = sha256_file(folder / "train.jsonl")
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changed}))
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_convert_killed_between_its_files_and_run_again(written, three, tmp_path, monkeypatch):
+    """What lay there of other shards is not taken for whole meanwhile."""
+    whole = convert(three, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    manifest = json.loads((tmp_path / "killed" / "manifest.json").read_text())
+    (tmp_path / "killed" / "manifest.json").write_text(
+        json.dumps({**manifest, "shards": []})
+    )  # of another time
+    left = [written]
+
+    def dying(path: Path, text: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    merge = "trainer.pairs.self_play_merge"
+    monkeypatch.setattr(f"{merge}.write_text", dying)
+    monkeypatch.setattr(f"{merge}.write_manifest", lambda *_: dying(tmp_path / "never", ""))
+    with pytest.raises(KeyboardInterrupt):
+        convert(three, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    with pytest.raises(UserError, match="no pairs of `tandem spin convert`"):
+        SpinPairs(str(tmp_path / "killed")).load("train")
+    monkeypatch.undo()
+    assert convert(three, tmp_path / "killed") == whole
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_missing_shard_is_named(three, tmp_path):
