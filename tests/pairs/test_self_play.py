@@ -248,10 +248,8 @@ def test_convert_killed_between_its_files_and_run_again(written, three, tmp_path
     """What lay there of other shards is not taken for whole meanwhile."""
     whole = convert(three, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    manifest = json.loads((tmp_path / "killed" / "manifest.json").read_text())
-    (tmp_path / "killed" / "manifest.json").write_text(
-        json.dumps({**manifest, "shards": []})
-    )  # of another time
+    of_another_time = {**whole, "shards": []}
+    (tmp_path / "killed" / "manifest.json").write_text(json.dumps(of_another_time))
     left = [written]
 
     def dying(path: Path, text: Any) -> None:
