@@ -43,6 +43,8 @@ class RewardEvaluation(Callback):
         sampling: how tokens are chosen.
         batch_size: continuations sampled at once.
         examples: how many prompts' first continuations a line holds.
+        chat: each prompt is a user's turn, put through the chat template.
+        system: what stands before it; needs chat.
 
     Raises:
         UserError: for settings that cannot work, and a prompt that leaves no room for a continuation.
@@ -57,10 +59,13 @@ class RewardEvaluation(Callback):
         sampling: Sampling = _CONTINUED,
         batch_size: int = 64,
         examples: int = 4,
+        chat: bool = False,
+        system: str | None = None,
     ) -> None:
         self.prompts, self.rewards, self.every_n_steps = prompts, rewards or {}, every_n_steps
         self.samples, self.sampling = samples, sampling
         self.batch_size, self.examples = batch_size, examples
+        self.chat, self.system = chat, system
         self.evaluated_step = -1
         self.steps = StepEnds()
         self._path = Path()
@@ -80,6 +85,10 @@ class RewardEvaluation(Callback):
             raise UserError(
                 f"RewardEvaluation.samples: {self.samples} of each prompt are all the same without"
                 " sampling.do_sample: true"
+            )
+        if self.system is not None and not self.chat:
+            raise UserError(
+                "RewardEvaluation.system: has no effect without chat: true; set that, or leave it out"
             )
         for taken in {*_log_names({}), "mean", "low", "high"} & set(list(self.rewards)[1:]):
             raise UserError(
@@ -123,6 +132,8 @@ class RewardEvaluation(Callback):
                 reference=reference.applied if present else None,  # type: ignore[union-attr]
                 batch_size=self.batch_size,
                 examples=self.examples,
+                chat=self.chat,
+                system=self.system,
             )
         self.evaluated_step = trainer.global_step
         log_metrics(trainer, {f"reward/{name}": value for name, value in _logged(result).items()})

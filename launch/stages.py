@@ -115,7 +115,10 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: is no recipe; it should hold name and stages")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, skip={"path"}, as_group=False)
-    arguments, content = _without_arguments(path, content)
+    names_given = content.get("names") or {}
+    if not isinstance(names_given, dict) or not all(isinstance(name, str) for name in names_given):
+        raise UserError(f"{path}: names: {names_given!r}; it should hold values by their names")
+    arguments, content = _without_arguments(path, {**content, "names": {}})
     try:
         read = parser.instantiate(parser.parse_object(content))
     except ArgumentError as error:
@@ -123,7 +126,7 @@ def load_recipe(path: Path) -> Recipe:
     stages = [
         dataclasses.replace(stage, arguments=own) for stage, own in zip(read.stages, arguments, strict=True)
     ]
-    recipe = Recipe(**{**vars(read), "stages": stages}, path=str(path))
+    recipe = Recipe(**{**vars(read), "stages": stages, "names": names_given}, path=str(path))
     names = [stage.name for stage in recipe.stages]
     if twice := next(
         (name for name in names if names.count(name) > 1 or name in {*recipe.names, *_BUILT_IN}), None

@@ -35,6 +35,13 @@ def parser() -> ArgumentParser:
     )
     made.add_class_arguments(Sampling, "sampling")
     made.set_defaults({"sampling.do_sample": True, "sampling.max_new_tokens": 48})
+    made.add_argument(
+        "--chat",
+        type=bool,
+        default=False,
+        help="Each prompt is a user's turn, put through the chat template.",
+    )
+    made.add_argument("--system", type=str | None, help="What stands before it; needs --chat true.")
     made.add_argument("--samples", type=PositiveInt, default=1, help="Continuations of each prompt.")
     made.add_argument("--batch_size", type=PositiveInt, default=64, help="Continuations sampled at once.")
     made.add_argument(
@@ -78,6 +85,8 @@ def _evaluate(given: Any) -> int:
         batch_size=given.batch_size,
         examples=given.examples,
         progress=is_first(),
+        chat=given.chat,
+        system=given.system,
     )
     speaks = is_first()
     leave_together()
@@ -134,6 +143,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     for name, each in result["rewards"].items():
         low, high = each["interval"]
         told.append(f"reward {name}: {each['mean']:.3f} ({low:.3f} to {high:.3f}), sd {each['sd']:.3f}")
+        if parts := each.get("parts"):
+            told.append("  " + ", ".join(f"{part} {one['mean']:.3f}" for part, one in parts.items()))
+        if unscored := each.get("unscored"):
+            told.append("  no score: " + ", ".join(f"{why} {count:,}" for why, count in unscored.items()))
     for name, unit in (("entropy", "nats a token"), ("kl", "nats a text"), ("length", "tokens")):
         if (each := result[name]) is not None:
             told.append(

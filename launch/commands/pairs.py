@@ -17,6 +17,9 @@ from launch.commands.parsing import Kind, check_output, command_parser, dispatch
 from trainer.schema import UserError
 
 KINDS = {
+    "prompts": Kind(
+        "launch.commands.pairs_prompts:main", "picture the prompts before anything is generated for them"
+    ),
     "best-of-n": Kind(
         "launch.commands.pairs:best_of_n",
         "sample continuations of prompts, score them, and pair the best with the worst",
@@ -42,6 +45,7 @@ _BUILDERS = {
     "self-judge": "trainer.pairs.self_judge.SelfJudge",
 }
 """Kinds whose builder is settled: its settings stand in the config as they are."""
+_WARNING = "warning: "
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -203,17 +207,37 @@ def _told(judging: dict[str, Any]) -> list[str]:
             f"no score could be read from {sum(unread.values()):,} of {judging['answers']:,} answers: {found}"
         )
     lines.append(
-        f"in another language than {language['wanted']}: {_percent(language['share'])} of the answers"
+        f"in another language than {language['wanted']}: {_percent(language['share'])} of the"
+        f" {language['answers']:,} answers that could be read and have letters"
     )
+    if line := mass_line(judging["mass"]):
+        lines.append(line)
     length = judging["with_length"]["all"]
     lines.append(f"Spearman of score with length: {'-' if length is None else format(length, '.2f')}")
     for number, each in enumerate(judging["agreement"], start=1):
         rank = each["spearman"]
         lines.append(
             f"scored again ({number}): Spearman {'-' if rank is None else format(rank, '.2f')}, the same mark for"
-            f" {_percent(each['same_rounded'])}, {_percent(each['pairs_confirmed'])} of the pairs confirmed"
+            f" {_percent(each['same_rounded'])}; {_percent(each['pairs_confirmed'])} of the pairs confirmed,"
+            f" {_percent(each['pairs_contradicted'])} contradicted, {_percent(each['pairs_tied'])} tied"
         )
+        if (line := mass_line(each["mass"])) and line.startswith(_WARNING):
+            lines.append(line)
     return lines
+
+
+def mass_line(mass: dict[str, Any] | None) -> str | None:
+    """How much probability the digits had, and a warning where it is little; None where nothing is known of it."""
+    from trainer.pairs.scoring import LOW
+
+    if mass is None:
+        return None
+    told = (
+        f"probability of the digits: {_percent(mass['mean'])} on average, {_percent(mass['min'])} at the least,"
+        f" below a half in {_percent(mass['below_half'])} of {mass['questions']:,} questions"
+    )
+    low = "; the model would mostly not have answered with a digit, so its scores say little"
+    return f"{_WARNING}{told}{low}" if mass["mean"] < LOW else told
 
 
 def _percent(share: float | None) -> str:

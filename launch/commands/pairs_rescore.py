@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from launch.commands.pairs import mass_line
 from launch.commands.parsing import command_parser, instantiated, parsed, with_judge
 from trainer.judges import Judge
 
@@ -31,7 +32,11 @@ def parser() -> ArgumentParser:
         " trainer.judges.served.ServerJudge with its settings.",
     )
     made.add_argument(
-        "--rubric", type=str | None, metavar="FILE", help="Default: the rubric that the pairs were made by."
+        "--rubric",
+        type=str | None,
+        metavar="FILE",
+        help="Default: the rubric that the pairs were made by, which their folder holds; by another one criteria are"
+        " not comparable.",
     )
     made.add_argument(
         "--label", type=str, default="outside", help="The judge's name among several; default: outside."
@@ -43,9 +48,8 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `tandem pairs rescore`; returns the exit status."""
     from launch.quiet import quiet
-    from trainer.pairs.building import read_about
-    from trainer.pairs.rescoring import FOLDER, rescore
-    from trainer.pairs.rubric import RUBRIC, Rubric
+    from trainer.pairs.rescoring import FOLDER, check_merged, rescore, rubric_of
+    from trainer.pairs.rubric import Rubric
 
     quiet()
     made = parser()
@@ -53,8 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     if given.offline and "offline" in (given.judge.get("init_args") or {}):
         given.judge.init_args.offline = True
     folder = Path(given.pairs)
-    own = ((read_about(folder)["settings"] or {}).get("init_args") or {}).get("rubric")
-    rubric = Rubric.read(given.rubric or own or RUBRIC)
+    check_merged(folder)
+    rubric = Rubric.read(given.rubric) if given.rubric else rubric_of(folder)
     judge = instantiated(made, given).judge
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -74,7 +78,14 @@ def _tell(found: dict[str, Any]) -> None:
         f"{each['answers']:,} answers: Spearman with their own scores {_number(each['spearman'])}, mean"
         f" {_number(found['mean'])} ({_number(each['mean_difference'])} beside theirs)"
     )
-    print(f"{_percent(each['pairs_confirmed'])} of {each['pairs']:,} pairs confirmed")
+    print(
+        f"{each['pairs']:,} pairs: {_percent(each['pairs_confirmed'])} confirmed,"
+        f" {_percent(each['pairs_contradicted'])} contradicted, {_percent(each['pairs_tied'])} tied"
+    )
+    if found["same_rubric"] is False:
+        print("scored by another rubric than the one the pairs were made by: criteria are not comparable")
+    if line := mass_line(found["mass"]):
+        print(line)
     if unscored := found["unscored"]:
         print("no score: " + ", ".join(f"{why} {count:,}" for why, count in unscored.items()))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -12,8 +14,14 @@ from trainer.schema import UserError
 
 KINDS = {
     "parts": Kind("launch.commands.scratch:parts", "deal texts to files that share none, by their content"),
+    "lessons": Kind(
+        "launch.commands.scratch:lessons", "make chats of questions, answers and marks, for small chat models"
+    ),
     "generator": Kind(
         "launch.commands.scratch:generator", "train a language model (GPT-2's architecture) and its tokenizer"
+    ),
+    "chat": Kind(
+        "launch.commands.scratch:chat", "train a chat model (GPT-2's architecture) and its tokenizer"
     ),
     "classifier": Kind(
         "launch.commands.scratch:classifier",
@@ -66,8 +74,35 @@ def parts(arguments: Sequence[str]) -> int:
     return 0
 
 
+def lessons_parser() -> ArgumentParser:
+    """The arguments of `tandem scratch lessons`."""
+    from launch.scratch.lessons import Lessons
+
+    made = command_parser(
+        "scratch lessons",
+        "Make instructions, chats of a model that answers them in manners good and bad and gives marks by a rubric, and"
+        " chats of a judge that only gives marks.",
+    )
+    made.add_argument("--config", action="config", help="YAML file with the settings below.")
+    made.add_class_arguments(Lessons, as_group=False)
+    made.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the chats.")
+    return made
+
+
+def lessons(arguments: Sequence[str]) -> int:
+    """Run `tandem scratch lessons`; returns the exit status."""
+    given = parsed(lessons_parser(), arguments)
+    from launch.scratch.lessons import Lessons, write_lessons
+
+    settings = Lessons(**{each.name: getattr(given, each.name) for each in dataclasses.fields(Lessons)})
+    for name, count in write_lessons(settings, check_output(given.output)).items():
+        print(f"{name}: {count:,} rows")
+    return 0
+
+
 def model_parser(kind: str) -> ArgumentParser:
-    """The arguments of `tandem scratch generator` and `tandem scratch classifier`."""
+    """The arguments of `tandem scratch generator`, `chat` and `classifier`."""
+    from launch.scratch.chats import ChatSettings
     from launch.scratch.training import Settings
 
     told = KINDS[kind].told
@@ -75,13 +110,18 @@ def model_parser(kind: str) -> ArgumentParser:
     made.add_argument("--config", action="config", help="YAML file with the settings below.")
     made.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the model.")
     made.add_argument("--offline", action="store_true", help="Never ask the network.")
-    made.add_class_arguments(Settings, as_group=False)
+    made.add_class_arguments(ChatSettings if kind == "chat" else Settings, as_group=False)
     return made
 
 
 def generator(arguments: Sequence[str]) -> int:
     """Run `tandem scratch generator`; returns the exit status."""
     return _model("generator", arguments)
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Run `tandem scratch chat`; returns the exit status."""
+    return _model("chat", arguments)
 
 
 def classifier(arguments: Sequence[str]) -> int:
@@ -93,18 +133,18 @@ def _model(kind: str, arguments: Sequence[str]) -> int:
     from launch.quiet import quiet
 
     quiet()
+    from launch.scratch.chats import ChatSettings, make_chat
     from launch.scratch.training import Settings, make_classifier, make_generator
 
     parser = model_parser(kind)
     given = instantiated(parser, parsed(parser, arguments))
-    settings = Settings(
-        **{name: getattr(given, name) for name in ("texts", "shape", "learning", "seed", "threads")}
-    )
+    kept: Any = ChatSettings if kind == "chat" else Settings
+    settings = kept(**{each.name: getattr(given, each.name) for each in dataclasses.fields(kept)})
     output = check_output(given.output)
     if output.exists() and any(output.iterdir()) and not (output / "scratch.json").is_file():
         raise UserError(f"--output {output}: holds something else; give a new folder")
-    make = make_generator if kind == "generator" else make_classifier
-    figures = make(settings, output)
+    makers: dict[str, Any] = {"generator": make_generator, "chat": make_chat, "classifier": make_classifier}
+    figures = makers[kind](settings, output)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     print(f"written to {output}", file=sys.stderr)

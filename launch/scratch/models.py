@@ -56,10 +56,13 @@ class Shape:
             raise UserError(f"shape.dropout: {self.dropout}; it should be from 0 up to below 1")
 
 
-def tokenizer_of(texts: Iterable[str], shape: Shape, lowercase: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer_of(
+    texts: Iterable[str], shape: Shape, lowercase: bool = False, marks: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that has learned these texts' words; it writes BOS before a text, as Llama's does.
 
     `lowercase`: a word is the same with a capital and at a text's beginning, which few texts are better learned with.
+    `marks`: further special tokens, of a chat template.
     """
     made = Tokenizer(BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
@@ -68,7 +71,7 @@ def tokenizer_of(texts: Iterable[str], shape: Shape, lowercase: bool = False) ->
     made.decoder = decoders.ByteLevel()
     learning = trainers.BpeTrainer(
         vocab_size=shape.vocabulary,
-        special_tokens=list(SPECIAL.values()),
+        special_tokens=[*SPECIAL.values(), *marks],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -81,6 +84,7 @@ def tokenizer_of(texts: Iterable[str], shape: Shape, lowercase: bool = False) ->
         tokenizer_object=made,
         model_max_length=shape.positions,
         clean_up_tokenization_spaces=False,
+        additional_special_tokens=list(marks) or None,
         **SPECIAL,
     )
 

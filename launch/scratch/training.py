@@ -107,14 +107,14 @@ def make_generator(settings: Settings, output: Path) -> dict[str, Any]:
         raise UserError("learning.token_dropout: has no effect on a generator; leave it out")
     known = read(settings.texts, labelled=False)
     learn, measure = _parted(known, settings.texts)
-    _begin(settings)
+    begin(settings.seed, settings.threads)
     tokenizer = tokenizer_of((text for text, _ in learn), settings.shape)
     model = generator_of(settings.shape, tokenizer)
     rows = [[[*ids, tokenizer.eos_token_id] for ids in _ids(part, tokenizer)] for part in (learn, measure)]
     data = _windows(settings, rows, (None, None), tokenizer)
-    loss = _train(model, tokenizer, data, settings)["eval_loss"]
+    loss = train(model, tokenizer, data, settings.learning, settings.seed)["eval_loss"]
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 50))}
-    _save(model, tokenizer, settings, known, figures, output)
+    save(model, tokenizer, dataclasses.asdict(settings), known.hashes, figures, output)
     return figures
 
 
@@ -138,23 +138,24 @@ def make_classifier(settings: Settings, output: Path) -> dict[str, Any]:
             f"{settings.texts.path}: column {settings.texts.label!r} holds {told}; there should be two or more labels,"
             " and texts of each to learn from"
         )
-    _begin(settings)
+    begin(settings.seed, settings.threads)
     tokenizer = tokenizer_of((text for text, _ in learn), settings.shape, lowercase=True)
     labels = [_WORDS[name] for name in names] if set(names) == set(_WORDS) else names
     model = classifier_of(settings.shape, tokenizer, labels)
     targets = [[names.index(str(label)) for _, label in part] for part in (learn, measure)]
     rows = [_ids(part, tokenizer) for part in (learn, measure)]
     data = _windows(settings, rows, (targets[0], targets[1]), tokenizer)
-    found = _train(model, tokenizer, data, settings)
+    found = train(model, tokenizer, data, settings.learning, settings.seed)
     figures = {"loss": found["eval_loss"], "accuracy": found["eval_accuracy"]}
-    _save(model, tokenizer, settings, known, figures, output)
+    save(model, tokenizer, dataclasses.asdict(settings), known.hashes, figures, output)
     return figures
 
 
-def _begin(settings: Settings) -> None:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    set_seed(settings.seed)
+def begin(seed: int, threads: int | None) -> None:
+    """Seed every random number, and set the CPU's threads."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    set_seed(seed)
 
 
 def _parted(known: Read, texts: Texts) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
@@ -202,7 +203,8 @@ class _Collate:
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         mask = (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
         if isinstance(items[0]["labels"], list):
-            return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+            told = torch.tensor([item["labels"] + [-100] * (width - len(item["labels"])) for item in items])
+            return {"input_ids": ids, "attention_mask": mask, "labels": told}
         if self.dropout and self.model.training:
             hidden = torch.rand(ids.shape) < self.dropout
             hidden[:, 0] = False
@@ -211,14 +213,15 @@ class _Collate:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _train(
+def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    data: tuple[Windows, Windows],
-    settings: Settings,
+    data: tuple[Any, Any],
+    learning: Learning,
+    seed: int,
 ) -> dict[str, float]:
     """Train in place; what Trainer would leave (pickles among it) stays in a folder that goes."""
-    learning, labelled = settings.learning, data[0].labels is not None
+    labelled = data[0].labels is not None
     # Trainer's figures go to stdout, which is for the result.
     with tempfile.TemporaryDirectory() as aside, contextlib.redirect_stdout(sys.stderr):
         arguments = TrainingArguments(
@@ -234,7 +237,7 @@ def _train(
             logging_steps=max(1, learning.steps // 10),
             save_strategy="no",
             report_to=[],
-            seed=settings.seed,
+            seed=seed,
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
@@ -242,8 +245,8 @@ def _train(
             model=model,
             args=arguments,
             data_collator=_Collate(tokenizer, learning.token_dropout, model),
-            train_dataset=data[0],  # type: ignore[arg-type]
-            eval_dataset=data[1],  # type: ignore[arg-type]
+            train_dataset=data[0],
+            eval_dataset=data[1],
             compute_metrics=_accuracy if labelled else None,
         )
         # Only the losses of a language model are wanted, not its logits.
@@ -261,21 +264,22 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, -1) == prediction.label_ids))}
 
 
-def _save(
+def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    settings: Settings,
-    known: Read,
+    settings: dict[str, Any],
+    hashes: dict[str, str],
     figures: dict[str, Any],
     output: Path,
 ) -> None:
+    """Write weights, tokenizer and card, all of it or nothing."""
     card = {
         "kind": "scratch",
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
         "figures": figures,
-        "settings": dataclasses.asdict(settings),
-        "texts": known.hashes,
+        "settings": settings,
+        "texts": hashes,
         "versions": versions(),
     }
     tokenizer.backend_tokenizer.no_padding()

@@ -109,7 +109,7 @@ BROKEN = {
     "broken.jsonl": (b'{"a": "x"}\n{"a": \n{"a": "z"}\n', "broken.jsonl:2: not valid JSON"),
     "list.jsonl": (b'"x"\n"y"\n', "list.jsonl:1: a JSON object is wanted, not str"),
     "scalar.json": (b'{"a": ', "scalar.json: cannot be read as JSON"),
-    "ragged.csv": (b"a,b\n1,2\n1,2,3\n", "ragged.csv: cannot be read as CSV"),
+    "ragged.csv": (b"a,b\n1,2\n1,2,3\n", "ragged.csv:3: 3 cells for 2 columns; quote a cell"),
     "twice.csv": (b"a,a\n1,2\n", "twice.csv:1: the header names 'a' twice"),
     "header.csv": (b"a,b\n", "header.csv: has no rows"),
     "text.jsonl.gz": (b'{"a": "x"}\n', "text.jsonl.gz: not a whole gzip file"),

@@ -12,6 +12,13 @@ from typing import Any
 Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]] | Callable[[BaseHTTPRequestHandler], None]
 
 
+class ManyAtOnce(ThreadingHTTPServer):
+    """Takes all that come at once: where the machine is busy, Linux resets what is more than the usual five."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+
 class Asked:
     """What came to the server: paths, bodies and headers in their order."""
 
@@ -51,8 +58,7 @@ def serving(answer: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Asked]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = ManyAtOnce(("127.0.0.1", 0), Handler)
     asked = Asked(f"http://127.0.0.1:{server.server_port}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -20,7 +20,7 @@ def choices(judge: TransformersJudge, texts: dict[str, str], allowed: tuple[str,
 
 
 def by_hand(folder, text: str) -> torch.Tensor:
-    """The choices' shares from plain transformers, one row for each way to write each choice."""
+    """The choices' probabilities from plain transformers, one row for each way to write each choice."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model.eval()
     prompt, scores = tokenizer(text)["input_ids"], []
@@ -32,7 +32,7 @@ def by_hand(folder, text: str) -> torch.Tensor:
                 logps = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
             ways.append(sum(logps[len(prompt) - 1 + place, token] for place, token in enumerate(ids)))
         scores.append(torch.stack(ways).logsumexp(0))
-    return torch.stack(scores).softmax(0)
+    return torch.stack(scores).exp()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -41,7 +41,9 @@ def test_probabilities(models, family) -> None:
     texts = {"1": "Which?", "2": "Which one is it then?"}
     judge = TransformersJudge(str(folder), chat=False)
     for key, choice in choices(judge, texts).items():
-        expected = by_hand(folder, texts[key])
+        held = by_hand(folder, texts[key])
+        expected = held / held.sum()
+        assert choice.mass == pytest.approx(float(held.sum()), rel=1e-4)
         assert choice.probabilities == pytest.approx(expected.tolist(), abs=1e-5)
         assert choice.pick == CHOICES[int(expected.argmax())]
 

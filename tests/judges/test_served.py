@@ -79,6 +79,14 @@ def test_the_likeliest_choice_by_its_log_prob() -> None:
         found = choices(judge(asked.url, constrain="logprobs"))["0"]
     assert found.pick == "B"
     assert found.probabilities == pytest.approx((0.25, 0.75, 0.0))
+    assert found.mass == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("top", "mass"), [({"The": -0.1}, 0.0), ({}, None), (None, None)])
+def test_what_the_choices_held_where_none_is_likely_or_nothing_is_told(top, mass) -> None:
+    with serving(lambda n, body: (200, chat("B", top=top))) as asked:
+        found = choices(judge(asked.url, constrain="logprobs"))["0"]
+    assert (found.pick, found.probabilities, found.mass) == ("B", None, mass)
 
 
 def test_plain_completions() -> None:
@@ -165,6 +173,13 @@ def test_a_server_that_goes_away_is_not_asked_for_ever() -> None:
     assert [choice.pick for some in found for choice in some].count("A") == 6
 
 
+def test_many_bad_questions_in_a_row_are_not_the_server_s_fault() -> None:
+    with serving(lambda n, body: (200, b"<html>") if "question" in str(body) else (200, chat("A"))) as asked:
+        found = choices(judge(asked.url), 12)
+    assert {choice.answered for choice in found.values()} == {False}
+    assert len(found) == 12
+
+
 def test_a_wrong_key_ends_it_at_once(monkeypatch) -> None:
     monkeypatch.setenv("TINY_KEY", "sk-secret")
     with serving(lambda n, body: (401, {})) as asked:
@@ -174,7 +189,7 @@ def test_a_wrong_key_ends_it_at_once(monkeypatch) -> None:
 
 
 def test_it_may_be_asked_again_after_it_was_gone() -> None:
-    with serving(lambda n, body: (503, {}) if n < 10 else (200, chat("A"))) as asked:
+    with serving(lambda n, body: (503, {}) if n < 12 else (200, chat("A"))) as asked:
         made = judge(asked.url, parallel=1)
         with pytest.raises(JudgeGone):
             choices(made, 6)

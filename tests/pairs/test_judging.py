@@ -119,6 +119,40 @@ def test_agreement_with_a_second_scoring() -> None:
     assert once["spearman"] == pytest.approx(1 - 6 * (0 + 0 + 4 + 4 + 0) / 120)
 
 
+def test_a_tie_neither_confirms_a_pair_nor_contradicts_it() -> None:
+    found = compared([], [(4.0, 3.0), (3.0, 4.0), (0.1 + 0.2, 0.3), (2.0, 2.0), (None, 1.0)])
+    assert found["pairs"] == 4
+    assert [found[f"pairs_{name}"] for name in ("confirmed", "contradicted", "tied")] == [0.25, 0.25, 0.5]
+
+
+def test_what_the_digits_held_of_the_probability() -> None:
+    sure, unsure = {"clear": 0.9, "short": 0.7}, {"clear": 0.2, "short": None}
+    rows = [
+        [answer("a", 4, 4, mass=sure), answer("a", 4, 4, mass=sure)],
+        [answer("b", None, mass=unsure)],
+        [answer("c", 4, 4, again_mass=[{"clear": None}, {"clear": 0.4}])],
+    ]
+    for each in (each for row in rows for each in row if each["score"] is not None):
+        each["again"] = [None, None]
+    found = told(*rows)
+    # The same answer is asked about once; one without a score was asked about, too.
+    assert found["mass"] == {
+        "questions": 3,
+        "mean": pytest.approx(1.8 / 3),
+        "min": 0.2,
+        "below_half": pytest.approx(1 / 3),
+    }
+    assert found["agreement"][0]["mass"] is None
+    assert found["agreement"][1]["mass"] == {"questions": 1, "mean": 0.4, "min": 0.4, "below_half": 1.0}
+    assert told([answer("a", 4)])["mass"] is None
+
+
+def test_answers_that_could_not_be_read_are_in_no_language_and_counted() -> None:
+    unread = answer("", None, invalid="cut", said='{"answer": "Hello", "estimate"')
+    found = told([answer("Привет", 3), unread, unread])["language"]
+    assert (found["answers"], found["other"], found["share"], found["not_read"]) == (1, 0, 0.0, 2)
+
+
 def test_the_same_answer_again() -> None:
     found = told(
         [answer("a", 4), answer("a", 5), answer("b", 3), answer("b", 3)], [answer("a", 1), answer("c", 2)]
@@ -132,7 +166,8 @@ def test_language_by_the_script_of_letters(language, other) -> None:
     texts = ["Привет", "Hello", "IT-компания Яндекс", "seen Омск near by", "42 + 1", ""]
     found = told([answer(text, 3) for text in texts], language=language)["language"]
     assert found == {
-        "wanted": language, "threshold": 0.5, "answers": 4, "without_letters": 1, "other": other, "share": other / 4,
+        "wanted": language, "threshold": 0.5, "answers": 4, "without_letters": 1, "not_read": 1, "other": other,
+        "share": other / 4,
     }  # fmt: skip
 
 
@@ -156,7 +191,7 @@ def test_a_correlation_needs_three_points_and_two_values() -> None:
 def test_nothing_compares_with_nothing() -> None:
     assert compared([], []) == {
         "answers": 0, "spearman": None, "mean_difference": None, "mean_absolute_difference": None, "same_rounded": None,
-        "pairs": 0, "pairs_confirmed": None,
+        "pairs": 0, "pairs_confirmed": None, "pairs_contradicted": None, "pairs_tied": None,
     }  # fmt: skip
 
 

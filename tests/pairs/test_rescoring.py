@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from trainer.pairs.best_of_n import BestOfN
 from trainer.pairs.building import build
 from trainer.pairs.continuations import LocalGenerator
 from trainer.pairs.instructions import InstructionPrompts
-from trainer.pairs.rescoring import rescore
-from trainer.pairs.rubric import Rubric
+from trainer.pairs.rescoring import rescore, rubric_of
+from trainer.pairs.rubric import RUBRIC, Rubric
 from trainer.pairs.self_judge import SelfJudge
 from trainer.schema import UserError
 
@@ -128,18 +129,70 @@ def test_pairs_of_a_reward_can_be_rescored_too(tmp_path) -> None:
     rubric = Rubric.read(short_rubric(tmp_path / "rubric"))
     found = rescore(tmp_path / "out", TransformersJudge(base), rubric)
     assert found["compared"]["answers"] == len(labelled(tmp_path / "out")) == 16
+    assert found["same_rubric"] is None
+    assert rubric_of(tmp_path / "out") == Rubric.read(RUBRIC)
     assert all(1 <= each["mean"] <= 5 and each["spearman"] is None for each in found["criteria"].values())
 
 
+def test_the_pairs_rubric_goes_with_their_folder(folder) -> None:
+    rubric = Rubric.read(folder.parent / "rubric" / "rubric.yaml")
+    shutil.rmtree(folder.parent / "rubric")
+    assert rubric_of(folder) == rubric
+    with serving(agreeing(folder)) as asked:
+        found = rescore(folder, ServerJudge(asked.url, "m"))
+    assert found["rubric"] == rubric.describe()
+    assert found["same_rubric"] is True
+
+
+def test_another_rubric_is_said_and_its_criteria_are_not_compared(folder, capsys) -> None:
+    other = short_rubric(folder.parent / "other")
+    (other.parent / "one.txt").write_text("{instruction} -> {answer}\nBy {criterion}, {description} 1 to 5?")
+    words = ["pairs", "rescore", str(folder), "--judge", str(folder.parent / "llama"), "--rubric", str(other)]
+    assert main(words) == 0
+    assert "by another rubric than the one the pairs were made by: criteria are" in capsys.readouterr().out
+    found = json.loads((folder / "rescored" / "outside.json").read_text())
+    assert found["same_rubric"] is False
+    assert {each["spearman"] for each in found["criteria"].values()} == {None}
+    assert found["compared"]["answers"] == len(labelled(folder))
+    assert main(["pairs", "show", str(folder)]) == 0
+    assert (
+        "asked by another rubric than the one the pairs were made by" in (folder / "pairs.html").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not hold the rubric that its pairs were made by; give --rubric FILE"),
+        ("{}", "rubric.json: holds no rubric"),
+        ("other", "rubric.json: is not the rubric that the pairs were made by"),
+    ],
+)
+def test_a_rubric_that_is_not_the_pairs_is_refused(folder, capsys, content, message) -> None:
+    if content is None:
+        (folder / "rubric.json").unlink()
+    else:
+        (folder / "rubric.json").write_text(Rubric.read(RUBRIC).as_json() if content == "other" else content)
+    assert main(["pairs", "rescore", str(folder), "--judge", str(folder.parent / "llama")]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_command(folder, capsys) -> None:
-    # Begun in Python, so it does not know its rubric.
-    words = ["pairs", "rescore", str(folder), "--rubric", str(folder.parent / "rubric" / "rubric.yaml")]
+    words = ["pairs", "rescore", str(folder)]
     assert main([*words, "--judge", str(folder.parent / "llama"), "--label", "itself"]) == 0
     out = capsys.readouterr()
     assert f"{len(labelled(folder))} answers: Spearman with their own scores" in out.out
+    assert " % contradicted, " in out.out
+    # Its weights are random: few digits, whatever it is asked.
+    assert "warning: probability of the digits: " in out.out
     assert f"written to {folder}/rescored/itself.json" in out.err
     found = json.loads((folder / "rescored" / "itself.json").read_text())
     assert found["judge"]["class"] == "TransformersJudge"
+    assert found["same_rubric"] is True
+    assert 0 <= found["mass"]["mean"] < 0.5
+    assert found["mass"]["questions"] == 2 * len(
+        {(prompt, each["text"]) for prompt, each in labelled(folder)}
+    )
     assert main(["pairs", "show", str(folder)]) == 0
     page = (folder / "pairs.html").read_text()
     assert "Another judge (itself)" in page

@@ -120,6 +120,7 @@ def test_scores_apart_are_the_digits_expected_value(place, whole, family) -> Non
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     for row in rows(whole(family, "apart"))[:2]:
         for each in row["candidates"][:2]:
+            masses = [each["mass"], *each["again_mass"]]
             for wording, scores in enumerate((each["scores"], each["again"][0])):
                 for criterion in rubric.criteria:
                     question = rubric.question("", row["prompt"], each["text"], criterion, wording).text
@@ -127,12 +128,14 @@ def test_scores_apart_are_the_digits_expected_value(place, whole, family) -> Non
                     asked = tokenizer.apply_chat_template(
                         turns, add_generation_prompt=True, return_dict=False
                     )
-                    assert scores[criterion.key] == pytest.approx(by_hand(model, tokenizer, asked), abs=1e-4)
+                    expected, mass = by_hand(model, tokenizer, asked)
+                    assert scores[criterion.key] == pytest.approx(expected, abs=1e-4)
+                    assert masses[wording][criterion.key] == pytest.approx(mass, abs=1e-5)
             assert each["score"] == pytest.approx(sum(each["scores"].values()) / len(CRITERIA))
 
 
-def by_hand(model: Any, tokenizer: Any, asked: list[int]) -> float:
-    """The expected digit from plain transformers, each way to write each digit in a row of its own."""
+def by_hand(model: Any, tokenizer: Any, asked: list[int]) -> tuple[float, float]:
+    """The expected digit, and what the digits hold, from plain transformers: each way to write each in a row."""
     shares = []
     for digit in "12345":
         ways = []
@@ -142,7 +145,9 @@ def by_hand(model: Any, tokenizer: Any, asked: list[int]) -> float:
                 logps = model(torch.tensor([asked + ids])).logits[0].log_softmax(-1)
             ways.append(sum(logps[len(asked) - 1 + place, token].double() for place, token in enumerate(ids)))
         shares.append(torch.stack(ways).logsumexp(0))
-    return float(torch.stack(shares).softmax(0) @ torch.arange(1.0, 6.0, dtype=torch.float64))
+    table = torch.stack(shares)
+    expected = table.softmax(0) @ torch.arange(1.0, 6.0, dtype=torch.float64)
+    return float(expected), float(table.exp().sum())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -215,7 +220,7 @@ def test_a_server_answers_and_scores(place, tmp_path) -> None:
         if body.get("logprobs"):
             good = "Paris" in said
             top = (
-                {"5": -0.2231435, "1": -1.6094379} if good else {"2": -0.6931472, "3": -0.6931472, "x": -9.0}
+                {"5": -0.2231435, "1": -1.6094379} if good else {"2": -1.6094379, "3": -1.6094379, "x": -9.0}
             )
             return 200, answered("5" if good else "2", top=top)
         return 200, answered("Paris" if body["seed"] % 2 else "I cannot say")
@@ -229,8 +234,18 @@ def test_a_server_answers_and_scores(place, tmp_path) -> None:
     assert {each["text"]: round(each["score"], 5) for row in rows(tmp_path / "out") for each in row["candidates"]} == {
         "Paris": 4.2, "I cannot say": 2.5,
     }  # fmt: skip
+    mass = built.manifest["judging"]["mass"]
+    said = [{each["text"] for each in row["candidates"]} for row in rows(tmp_path / "out")]
+    sure, unsure = (2 * sum(text in each for each in said) for text in ("Paris", "I cannot say"))
+    assert mass == {
+        "questions": sure + unsure,
+        "mean": pytest.approx((sure + 0.4 * unsure) / (sure + unsure)),
+        "min": pytest.approx(0.4),
+        "below_half": pytest.approx(unsure / (sure + unsure)),
+    }
     assert built.manifest["judging"]["language"] == {
-        "wanted": "en", "threshold": 0.5, "answers": 48, "without_letters": 0, "other": 0, "share": 0.0,
+        "wanted": "en", "threshold": 0.5, "answers": 48, "without_letters": 0, "not_read": 0, "other": 0,
+        "share": 0.0,
     }  # fmt: skip
 
 
@@ -272,6 +287,31 @@ def test_the_shipped_rubrics(place, tmp_path, language, way) -> None:
     assert judging["language"]["wanted"] == language
     assert list(judging["names"]) == ["brevity", "helpfulness", "accuracy", "clarity", "conciseness"]
     assert len(judging["criteria"]) == (5 if way == "apart" else 1)
+
+
+def test_questions_that_get_nonsense_for_ever_do_not_end_the_run(place, tmp_path) -> None:
+    """Both criteria of one answer: it has no score, a rerun asks nothing, and all others are scored."""
+
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, Any]:
+        said = body["messages"][-1]["content"]
+        if not body.get("logprobs"):
+            return 200, answered(f"City {'ABC'[body['seed'] % 3]}")
+        return (200, b"<html>") if "City C" in said else (200, answered("4", top={"4": -0.1}))
+
+    with serving(answer) as asked:
+        generator = ServerGenerator(asked.url, "some", chat=True, attempts=2, wait=0.01)
+        prompts = InstructionPrompts(str(place / "list.txt"), where={}, part="all", limit=3)
+        rubric = str(place / "rubric" / "rubric.yaml")
+        made = SelfJudge(generator, prompts, rubric, n=6)
+        with pytest.raises(UserError, match=r"no pair is left .*dropped_tie"):
+            build(made, tmp_path / "out")
+        number = len(asked.bodies)
+        with pytest.raises(UserError, match="no pair is left"):
+            build(made, tmp_path / "out")
+        assert len(asked.bodies) == number
+    for each in (each for row in rows(tmp_path / "out") for each in row["candidates"]):
+        assert (each["score"] is None) == (each["text"] == "City C")
+        assert "no OpenAI-compatible answer" in each.get("invalid", "no OpenAI-compatible answer")
 
 
 def test_a_score_that_is_missing_makes_the_answer_invalid(place, tmp_path) -> None:

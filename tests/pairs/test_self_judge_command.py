@@ -72,6 +72,9 @@ def test_pairs_shards_and_what_is_said_of_them(place, tmp_path, capsys, way) -> 
     assert "in another language than ru: " in out
     assert "Spearman of score with length: " in out
     assert ("scored again (1): Spearman" in out) == (way == "apart")
+    # A tiny model's digits after a scoring question hold next to nothing: its label's and those of the second time.
+    assert out.count("warning: probability of the digits: ") == (2 if way == "apart" else 0)
+    assert "of the pairs confirmed, " in out or way == "together"
     assert ("no score could be read from" in out) == (way == "together")
     assert judging["way"] == way
     assert judging["form"] == ("json" if way == "together" else None)

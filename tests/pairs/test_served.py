@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.judges.servers import ManyAtOnce
 from tests.pairs.rewards import CountReward
 from trainer.generation import Sampling
 from trainer.pairs.best_of_n import BestOfN
@@ -22,10 +25,8 @@ from trainer.pairs.served import ServerGenerator
 from trainer.schema import UserError
 
 
-class Completions(ThreadingHTTPServer):
+class Completions(ManyAtOnce):
     """Completes a prompt with words that follow from it and the seed; `behaviour(body)` may do otherwise."""
-
-    daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -69,6 +70,14 @@ def server() -> Iterator[Completions]:
     made.shutdown()
     thread.join()
     made.server_close()
+
+
+def test_the_server_takes_all_that_come_at_once() -> None:
+    """Also while its own thread has no turn: what was reset twice looked like a server that is gone."""
+    made = Completions()
+    with contextlib.closing(made.socket), contextlib.ExitStack() as held:
+        for _ in range(40):
+            held.enter_context(socket.create_connection(made.server_address, timeout=0.5))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ from trainer.report.render import render_pairs
 
 COMPARED = {
     "answers": 40, "spearman": 0.61, "mean_difference": -0.2, "mean_absolute_difference": 0.4, "same_rounded": 0.7,
-    "pairs": 10, "pairs_confirmed": 0.9,
+    "pairs": 10, "pairs_confirmed": 0.9, "pairs_contradicted": 0.1, "pairs_tied": 0.0,
 }  # fmt: skip
+MASS = {"questions": 80, "mean": 0.875, "min": 0.25, "below_half": 0.0125}
+TIED = {"pairs_confirmed": 0.5, "pairs_contradicted": 0.3, "pairs_tied": 0.2}
 JUDGING: dict[str, Any] = {
     "way": "apart",
     "form": None,
@@ -27,7 +29,9 @@ JUDGING: dict[str, Any] = {
     "answers": 44,
     "labelled": 40,
     "unread": {"no_score": 3, "cut": 1},
-    "unread_examples": [{"key": "k", "sample": 0, "why": "no_score", "said": "Не буду оценивать"}],
+    "unread_examples": [
+        {"key": "k", "sample": 0, "why": "no_score", "prompt": "Оцени Лион", "said": "Не буду оценивать"}
+    ],
     "repaired": {"code_fence": 7},
     "ties": {"prompts": 2, "of": 11, "share": 2 / 11, "answer_pairs": 0.1, "answer_pairs_rounded": 0.625},
     "criteria": {
@@ -38,8 +42,11 @@ JUDGING: dict[str, Any] = {
         for key, mean, rho in (("brevity", 3.25, -0.71), ("clarity", 3.5, None))
     },
     "with_length": {"answers": 40, "all": -0.15, "within_prompts": -0.55},
-    "language": {"wanted": "ru", "threshold": 0.5, "answers": 38, "without_letters": 2, "other": 19, "share": 0.5},
-    "agreement": [COMPARED, COMPARED | {"pairs_confirmed": 0.5}],
+    "language": {
+        "wanted": "ru", "threshold": 0.5, "answers": 38, "without_letters": 2, "not_read": 6, "other": 19, "share": 0.5,
+    },
+    "agreement": [COMPARED | {"mass": None}, COMPARED | TIED | {"mass": MASS | {"mean": 0.3}}],
+    "mass": MASS,
     "same_answers": {"texts": 0, "same_score": None},
 }  # fmt: skip
 OTHER = {
@@ -99,9 +106,51 @@ def test_what_should_make_one_doubt_is_said(tmp_path) -> None:
         in notes
     )
     assert "Scored again in other words (1): Spearman 0.61, 0.40 points apart on average" in notes
-    assert "90.0\u00a0% of the pairs in the same order.\n" in notes
-    assert "50.0\u00a0% of the pairs in the same order: hardly more than chance." in notes
+    order = "of the pairs in the same order"
+    assert f"90.0\u00a0% {order}, 10.0\u00a0% the other way round, 0.0\u00a0% tied.\n" in notes
+    assert (
+        f"50.0\u00a0% {order}, 30.0\u00a0% the other way round, 20.0\u00a0% tied: hardly more than" in notes
+    )
+    assert ": look at the prompts. Of 6 more nothing could be read: they count for neither." in notes
+    held = "The digits held 87.5\u00a0% of the probability on average, 25.0\u00a0% at the least, and less than half in"
+    assert f"{held} 1.2\u00a0% of 80 questions.\n" in notes
+    assert "held 30.0\u00a0% of the probability on average" in notes
+    assert notes.count("mostly the model would not have answered with a digit") == 1
     assert "Another judge (big): Spearman 0.61" in notes
+
+
+def test_ties_do_not_speak_against_a_judge() -> None:
+    tied = COMPARED | {"pairs_confirmed": 0.6, "pairs_contradicted": 0.0, "pairs_tied": 0.4}
+    view = judging_view({"judging": JUDGING | {"agreement": [tied]}})
+    assert view is not None
+    assert "hardly more than chance" not in "\n".join(view["notes"])
+
+
+def test_another_rubric_s_criteria_stand_beside_none_of_the_pairs_own() -> None:
+    view = judging_view({"judging": JUDGING, "rescored": [OTHER | {"same_rubric": False, "mass": MASS}]})
+    assert view is not None
+    assert [cells[-2:] for _, cells in view["table"]["rows"]] == [["–", "–"], ["–", "–"]]
+    assert view["legend"].endswith("big: large-model, asked by another rubric.")
+    assert (
+        "by another rubric than the one the pairs were made by: criteria are not comparable"
+        in view["notes"][-1]
+    )
+    assert "The digits held 87.5" in view["notes"][-1]
+
+
+def test_what_an_earlier_version_wrote_is_shown() -> None:
+    """Without masses, ties and answers that could not be read."""
+    old = {name: value for name, value in COMPARED.items() if name not in TIED} | {"pairs_confirmed": 0.9}
+    language = {name: value for name, value in JUDGING["language"].items() if name != "not_read"}
+    judging = {name: value for name, value in JUDGING.items() if name != "mass"}
+    view = judging_view(
+        {
+            "judging": judging | {"agreement": [old], "language": language},
+            "rescored": [OTHER | {"compared": old}],
+        }
+    )
+    assert view is not None
+    assert "90.0\u00a0% of the pairs in the same order." in view["notes"][-1]
 
 
 def test_scores_in_one_go_are_one_for_the_whole_answer() -> None:
@@ -135,6 +184,7 @@ def test_nothing_known_is_nothing_said() -> None:
         "criteria": {},
     }
     empty["ties"] = {"prompts": 0, "of": 0, "share": None, "answer_pairs": None, "answer_pairs_rounded": None}
+    empty["mass"] = None
     empty["with_length"] = {"answers": 0, "all": None, "within_prompts": None}
     empty["language"] = JUDGING["language"] | {"share": None}
     view = judging_view({"judging": empty})
@@ -150,6 +200,7 @@ def test_the_page_shows_it_with_examples(tmp_path) -> None:
     assert "Краткость 5.00, Ясность 3.00" in page
     assert "Краткость 1.50, Ясность 2.50" in page
     assert "Не буду оценивать" in page
+    assert "Оцени Лион" in page
     assert "mean score of the chosen and of the rejected by each criterion" in page
 
 
@@ -172,7 +223,7 @@ def test_a_folder_without_self_judging_has_no_such_part(tmp_path) -> None:
 def test_what_models_and_people_wrote_breaks_no_page(tmp_path, text) -> None:
     judging = copy.deepcopy(JUDGING)
     judging["names"] = {"brevity": text, "clarity": "a $ and $x_{"}
-    judging["unread_examples"][0] |= {"said": text, "why": text}
+    judging["unread_examples"][0] |= {"said": text, "why": text, "prompt": text}
     other = OTHER | {"label": text, "judge": {"model": text}}
     page = Page(render_pairs(pairs_of_folder(write(tmp_path / "pairs", judging, other))))
     assert "script" not in page.tags

@@ -142,3 +142,9 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
         return list(messages)
     first = "\n\n".join(text for each in messages[:2] if (text := each["content"].strip()))
     return [{"role": "user", "content": first}, *messages[2:]]
+
+
+def chat_turns(text: str, system: str | None) -> list[Message]:
+    """A user's turn, behind a system turn where there is a text for it."""
+    user: Message = {"role": "user", "content": text}
+    return [user] if system is None else [{"role": "system", "content": system}, user]

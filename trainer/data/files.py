@@ -1,19 +1,18 @@
-"""Rows from local files and hub datasets, read through `datasets`, with every mistake told in one line."""
+"""Rows from local files and hub datasets, with every mistake told in one line."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import csv
 import dataclasses
 import gzip
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.data.lines import BrokenLine, JsonLines, open_binary
+from trainer.data.lines import BrokenLine, CsvLines, JsonLines, Lines, open_binary
 from trainer.provenance import sha256_file
 from trainer.schema import UserError
 
@@ -38,7 +37,7 @@ class Table:
     """
 
     name: str
-    rows: Dataset | JsonLines
+    rows: Dataset | Lines
     columns: tuple[str, ...]
     available: tuple[str, ...]
     hashes: dict[str, str]
@@ -58,7 +57,7 @@ class Table:
             yield f"{self.name}, row {number}", row
 
     def _read(self) -> Iterator[dict[str, Any] | BrokenLine]:
-        if isinstance(self.rows, JsonLines):
+        if isinstance(self.rows, Lines):
             for row in self.rows:
                 if isinstance(row, BrokenLine):
                     yield row
@@ -90,7 +89,7 @@ def read_rows(
         split: of a hub dataset (default `train`); a local file has none.
         revision: of a hub dataset: branch, tag or commit.
         offline: refuse hub datasets.
-        tolerant: keep a .jsonl file's broken lines as errors: `Table.with_broken` gives them.
+        tolerant: keep the broken lines of a .jsonl or .csv file as errors: `Table.with_broken` gives them.
 
     Raises:
         UserError: no such file, a folder, an unknown kind, not UTF-8, empty, broken, or without a column.
@@ -127,7 +126,7 @@ def fingerprint(
 
 def _select(
     name: str,
-    dataset: Dataset | JsonLines,
+    dataset: Dataset | Lines,
     columns: Sequence[str] | None,
     optional: Sequence[str],
     hashes: dict[str, str],
@@ -141,26 +140,27 @@ def _select(
         )
     if not len(dataset):
         raise UserError(f"{name}: has no rows")
-    rows = dataset if isinstance(dataset, JsonLines) else dataset.select_columns(wanted)
+    rows = dataset if isinstance(dataset, Lines) else dataset.select_columns(wanted)
     return Table(name, rows, tuple(wanted), tuple(present), hashes)
 
 
 # --- local files --------------------------------------------------------------------------------------------
 
 
-def _load_local(path: Path, tolerant: bool = False) -> Dataset | JsonLines:
+def _load_local(path: Path, tolerant: bool = False) -> Dataset | Lines:
     suffix = _kind(path)
     if suffix != ".parquet":
-        _check_utf8(path, "replace" if tolerant and suffix == ".jsonl" else "strict")
+        _check_utf8(path, "replace" if tolerant and suffix in (".jsonl", ".csv") else "strict")
     if suffix == ".jsonl":
         return JsonLines(path, tolerant)
+    if suffix == ".csv":
+        return CsvLines(path, tolerant)
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    options: dict[str, Any] = _csv_options(path) if suffix == ".csv" else {}
     try:
         with _quiet_datasets():
-            loaded = load_dataset(READERS[suffix], data_files=_literal(path), split="train", **options)
+            loaded = load_dataset(READERS[suffix], data_files=_literal(path), split="train")
     except (
         DatasetGenerationError,
         ValueError,
@@ -221,32 +221,9 @@ def _check_utf8(path: Path, errors: Literal["strict", "replace"] = "strict") -> 
         raise UserError(f"{path}: is empty")
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Every column as text: pandas would make 007 a number and the words None and NA nothing."""
-    from datasets import Features, Value
-
-    with open_binary(path) as stream:
-        header = next(csv.reader([*_first_lines(stream)]), [])
-    repeated = {name for name in header if header.count(name) > 1}
-    if repeated:
-        raise UserError(f"{path}:1: the header names {', '.join(map(repr, sorted(repeated)))} twice")
-    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
-
-
-def _first_lines(stream: BinaryIO) -> Iterator[str]:
-    """The first line that says something; a header does not run over lines."""
-    for raw in stream:
-        text = raw.decode("utf-8-sig").strip("\r\n")
-        if text.strip():
-            yield text
-            return
-
-
 def _diagnose(path: Path, suffix: str, error: Exception) -> str:
     """One line on why `datasets` could not read the file: the guilty line where it can be found."""
-    if "corresponds to no data" in str(error):  # what datasets 5.2 says of a header without rows
-        return f"{path}: has no rows"
-    kind = {".json": "JSON: a list of objects", ".csv": "CSV"}.get(suffix)
+    kind = {".json": "JSON: a list of objects"}.get(suffix)
     cause = str(error.__cause__ or error).strip().split("\n")[0]
     return f"{path}: cannot be read as {kind or suffix[1:]} ({cause})"
 

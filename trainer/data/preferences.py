@@ -63,8 +63,8 @@ class _Rows(Source):
             validated on. Without it there is none.
         columns: ours -> the file's, where the file has other names.
         empty: what to do with a row whose completion is empty: stop there, or leave it out and count it.
-        broken: the same for a row whose cells do not hold what they should, and a .jsonl file's line that cannot be
-            read; those left out are listed, too.
+        broken: the same for a row whose cells do not hold what they should, and for a line of a .jsonl or .csv file
+            that cannot be read; those left out are listed, too.
         limit: at most so many records of each split, the first ones.
         revision: branch, tag or commit of the hub dataset.
         offline: refuse the network.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainer.data.chat import chat_turns
 from trainer.data.tokenize import tokenize_prompt
 from trainer.evaluation.divergence import Applied, Drawn, by_ranks, measure
 from trainer.evaluation.diversity import distinct, self_similarity
 from trainer.evaluation.intervals import ratio_interval
 from trainer.generation import Generation, Sampling, generate
-from trainer.rewards import Reward, described, scored
+from trainer.rewards import Reward, Score, described, scored_by_part
 from trainer.schema import UserError
 
 _CHUNK = 256
@@ -67,8 +69,12 @@ def sample(
     samples: int = 1,
     batch_size: int = 32,
     progress: bool = False,
+    chat: bool = False,
+    system: str | None = None,
 ) -> Sampled:
-    """Continue each prompt `samples` times. Every rank of a process group must call this with the same prompts.
+    """Continue each prompt (`chat`: answer it, as a user's turn behind `system`) `samples` times.
+
+    Every rank of a process group must call this with the same prompts.
 
     The same prompts get the same noise from every model, so that two models are compared on the same draws. Raises
     `UserError`: fewer than two prompts (there is no interval), greedy sampling asked for several times.
@@ -79,10 +85,19 @@ def sample(
         raise UserError(
             f"samples: {samples} of each prompt; give 1 or more, and more than 1 with sampling.do_sample only"
         )
-    ids = [tokenize_prompt(prompt.text, tokenizer, f"prompt {prompt.text[:40]!r}") for prompt in prompts]
+    if system is not None and not chat:
+        raise UserError("system: has no effect without chat: true; set that, or leave it out")
+    ids = [
+        tokenize_prompt(
+            chat_turns(prompt.text, system) if chat else prompt.text,
+            tokenizer,
+            f"prompt {prompt.text[:40]!r}",
+        )
+        for prompt in prompts
+    ]
     rows = [row for row in ids for _ in range(samples)]
     keys = [prompt.key for prompt in prompts for _ in range(samples)]
-    answers = generate(model, tokenizer, rows, sampling, keys, batch_size, progress, continuing=True)
+    answers = generate(model, tokenizer, rows, sampling, keys, batch_size, progress, continuing=not chat)
     return Sampled([prompt.text for prompt in prompts], ids, answers, samples)
 
 
@@ -98,6 +113,8 @@ def evaluate_reward(
     batch_size: int = 32,
     examples: int = 20,
     progress: bool = False,
+    chat: bool = False,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Sample, score and measure; plain JSON with means and 95 % intervals (bootstrap over prompts).
 
@@ -107,17 +124,19 @@ def evaluate_reward(
         rewards: by the names that they have in the result. Each scores every text.
         reference: what the KL divergence is from; without it `kl` is None.
         examples: how many prompts' first answers the result holds.
+        chat: each prompt is a user's turn, put through the chat template; `system` stands before it.
 
     Returns:
-        `rewards` (mean, interval, sd and n of texts), `entropy` (nats a token), `kl` (nats a text), `distinct_1` to
-        `distinct_3` (by tokens), `self_similarity`, `length` (tokens), `finished` (share that came to an end),
-        `examples`, `prompts`, `samples_per_prompt`, `sampling`, `reward_models`.
+        `rewards` (mean, interval, sd and n of texts; of a reward with parts also `parts`, each with mean and interval,
+        and `unscored`, reason -> texts, which are in no mean), `entropy` (nats a token), `kl` (nats a text),
+        `distinct_1` to `distinct_3` (by tokens), `self_similarity`, `length` (tokens), `finished` (share that came to
+        an end), `examples`, `prompts`, `samples_per_prompt`, `sampling`, `reward_models`.
     """
     if not rewards:
         raise UserError("rewards: none is given; name one or more")
     # Before anything is sampled: a reward that is not there is told at once.
     reward_models = {name: described(reward) for name, reward in rewards.items()}
-    sampled = sample(model, tokenizer, prompts, sampling, samples, batch_size, progress)
+    sampled = sample(model, tokenizer, prompts, sampling, samples, batch_size, progress, chat, system)
     measured = measure(model, sampled.drawn, reference)
     if not all(math.isfinite(each.entropy) for each in measured):
         raise UserError("model: gives probabilities that are no numbers (nan); its weights are broken")
@@ -131,9 +150,8 @@ def evaluate_reward(
         "samples_per_prompt": samples,
         "sampling": dataclasses.asdict(sampling),
         "reward_models": reward_models,
-        "rewards": {
-            name: _mean(each, samples) | {"sd": _sd(each), "n": len(each)} for name, each in scores.items()
-        },
+        **({"chat": True, "system": system} if chat else {}),
+        "rewards": {name: _told(name, each, samples) for name, each in scores.items()},
         "entropy": _mean([each.entropy for each in measured], samples, over=tokens),
         "kl": _mean(divergences, samples) if divergences else None,
         **{f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)},
@@ -144,33 +162,46 @@ def evaluate_reward(
     }
 
 
-def score(reward: Reward, sampled: Sampled) -> list[float]:
+def score(reward: Reward, sampled: Sampled) -> list[Score]:
     """The reward of each answer; ranks share the work."""
     prompts, texts = sampled.beginnings, sampled.texts
     parts = [slice(start, start + _CHUNK) for start in range(0, len(texts), _CHUNK)]
-    found = by_ranks(parts, lambda part: scored(reward, prompts[part], texts[part]))
+    found = by_ranks(parts, lambda part: scored_by_part(reward, prompts[part], texts[part]))
     return [each for part in found for each in part]
 
 
-def _mean(values: Sequence[float], samples: int, over: Sequence[int] | None = None) -> dict[str, Any]:
-    """Mean of the values (or sum of them over the sum of `over`), and its interval over prompts."""
-    totals = np.asarray(values, float).reshape(-1, samples).sum(1)
-    counts = np.asarray([1] * len(values) if over is None else over, float).reshape(-1, samples).sum(1)
+def _told(name: str, scores: Sequence[Score], samples: int) -> dict[str, Any]:
+    """What the result says of one reward. Raises `UserError` where no text has a score, or one alone."""
+    values = [each.value for each in scores]
+    known = [value for value in values if value is not None]
+    unscored = Counter(each.why.partition(" (")[0] for each in scores if each.value is None)
+    if len(known) < 2:
+        told = ", ".join(f"{why} {count:,}" for why, count in unscored.items())
+        raise UserError(f"rewards.{name}: {len(known)} of {len(scores)} texts got a score ({told})")
+    found = _mean(values, samples) | {"sd": float(np.std(known, ddof=1)), "n": len(known)}
+    names = dict.fromkeys(part for each in scores for part in each.parts)
+    if names:
+        found["parts"] = {part: _mean([each.parts.get(part) for each in scores], samples) for part in names}
+    return found | ({"unscored": dict(unscored)} if unscored else {})
+
+
+def _mean(values: Sequence[float | None], samples: int, over: Sequence[int] | None = None) -> dict[str, Any]:
+    """Mean of the values that there are (or their sum over that of `over`), and its interval over prompts."""
+    there = [value is not None for value in values]
+    totals = np.asarray([value or 0.0 for value in values], float).reshape(-1, samples).sum(1)
+    counts = np.asarray(there if over is None else over, float).reshape(-1, samples).sum(1)
+    totals, counts = totals[counts > 0], counts[counts > 0]
     return {"mean": float(totals.sum() / counts.sum()), "interval": ratio_interval(totals, counts)}
 
 
-def _sd(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1))
-
-
-def _examples(sampled: Sampled, scores: Mapping[str, list[float]], count: int) -> list[dict[str, Any]]:
+def _examples(sampled: Sampled, scores: Mapping[str, list[Score]], count: int) -> list[dict[str, Any]]:
     texts = sampled.texts
     firsts = range(0, len(sampled.answers), sampled.samples)[:count]
     return [
         {
             "prompt": sampled.prompts[first // sampled.samples],
             "completion": texts[first],
-            "rewards": {name: each[first] for name, each in scores.items()},
+            "rewards": {name: each[first].value for name, each in scores.items()},
         }
         for first in firsts
     ]

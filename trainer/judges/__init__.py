@@ -28,8 +28,10 @@ class Choice:
     """What a judge said to the question of this key.
 
     `pick` is one of the choices; None is invalid, and `said` tells what came instead. `probabilities` (of the choices,
-    in their order, summing to 1) stand there where the judge gives them. `answered` is false where no answer came at
-    all, so that the question may be asked again.
+    in their order, summing to 1) stand there where the judge gives them, and `mass` is what all of them held before
+    they were made to sum to 1: little means that the model would have said something else. Of a server that tells the
+    likeliest tokens only, it is what the choices hold among those. `answered` is false where no answer came at all, so
+    that the question may be asked again.
     """
 
     key: str
@@ -37,6 +39,7 @@ class Choice:
     said: str = ""
     probabilities: tuple[float, ...] | None = None
     answered: bool = True
+    mass: float | None = None
 
 
 class JudgeGone(UserError):

@@ -24,7 +24,8 @@ from trainer.schema import StepShare, SupervisedBatch, UserError
 class TransformersJudge(Judge):
     """Scores every choice by its log-prob after the question, which is computed once for all of them.
 
-    A choice's probability is that of its letters with and without a space before them, and the choices' sum to 1.
+    A choice's probability is that of its letters with and without a space before them, and the choices' sum to 1; what
+    they summed to before is a choice's `mass`.
 
     Args:
         model: folder of a causal language model, or its id on the hub (asks for the network). Default: what the adapter
@@ -128,8 +129,8 @@ class TransformersJudge(Judge):
         choices = asked[0].question.choices
         owners = torch.tensor([i for i, _ in ways])
         scores = torch.stack([table[owners == i].logsumexp(0) for i in range(len(choices))])
-        shares = scores.softmax(0).t().tolist()
-        return [_chosen(each.question, own) for each, own in zip(asked, shares, strict=True)]
+        shares, masses = scores.softmax(0).t().tolist(), scores.logsumexp(0).exp().clamp(max=1.0).tolist()
+        return [_chosen(each.question, *own) for each, *own in zip(asked, shares, masses, strict=True)]
 
     @property
     def _is_chat(self) -> bool:
@@ -173,11 +174,11 @@ class _Asked(NamedTuple):
     prompt: list[int]
 
 
-def _chosen(question: Question, shares: list[float]) -> Choice:
+def _chosen(question: Question, shares: list[float], mass: float) -> Choice:
     if not all(map(math.isfinite, shares)):
         return Choice(question.key, None, "the model's log-probs are not finite")
     best = max(range(len(shares)), key=lambda i: shares[i])
-    return Choice(question.key, question.choices[best], probabilities=tuple(shares))
+    return Choice(question.key, question.choices[best], probabilities=tuple(shares), mass=mass)
 
 
 def _too_long(asked: _Asked, room: int) -> Choice:

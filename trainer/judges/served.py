@@ -66,7 +66,7 @@ class ServerJudge(Judge):
         """The choices as they come. A question that gets no answer is invalid, and not `answered`.
 
         Raises:
-            JudgeGone: several questions in a row got no answer.
+            JudgeGone: several questions in a row got no answer, nor did one that no server can stumble over.
             UserError: the server wants another key, or has no such model.
         """
         coming, tally = iter(questions), _Tally()
@@ -83,7 +83,7 @@ class ServerJudge(Judge):
                 for done in wait(under_way, return_when=FIRST_COMPLETED).done:
                     if known := tally.of(done, under_way.pop(done)):
                         yield known
-                tally.check()
+                self._check(tally, question)
                 if len(tally.refused) >= _REFUSALS:
                     yield self._settled(tally, question, "the first")
             if len(tally.refused) >= _IN_A_ROW:
@@ -103,10 +103,21 @@ class ServerJudge(Judge):
         }
         return {"class": type(self).__name__, **self.server.describe(), **own}
 
+    def _check(self, tally: _Tally, question: Question) -> None:
+        """Raise `JudgeGone` where too many questions in a row got no answer, and a plain one gets none, either."""
+        if tally.failures < _IN_A_ROW:
+            return
+        try:
+            self._ask(_plain(question), 0)
+        except (Refused, ServerDown, ServerNonsense) as error:
+            told = f"{tally.error}; {tally.failures} questions in a row got no answer"
+            raise JudgeGone(told) from error
+        tally.failures, tally.heard = 0, True
+
     def _settled(self, tally: _Tally, question: Question, which: str) -> list[Choice]:
         """The refused questions' choices: too long, say. If a short one is refused, too, it is the server's fault."""
         try:
-            self._ask(Question(question.key, question.choices[0], question.choices), 0)
+            self._ask(_plain(question), 0)
         except (Refused, ServerDown, ServerNonsense) as error:
             told = f"{tally.error}; {which} {len(tally.refused)} questions were refused"
             raise JudgeGone(told) from error
@@ -145,10 +156,14 @@ class ServerJudge(Judge):
 
     def _read(self, answer: Answer, question: Question) -> Choice:
         if self.constrain == "logprobs" and answer["top"]:
-            found = _shares(answer["top"], question.choices)
-            if found is not None:
-                best = max(range(len(found)), key=lambda i: found[i])
-                return Choice(question.key, question.choices[best], answer["text"], found)
+            weights = _weights(answer["top"], question.choices)
+            if mass := math.fsum(weights):
+                best = max(range(len(weights)), key=lambda i: weights[i])
+                shares = tuple(weight / mass for weight in weights)
+                pick = question.choices[best]
+                return Choice(question.key, pick, answer["text"], shares, mass=min(mass, 1.0))
+            pick_in_words = read_choice(answer["text"], question.choices)
+            return Choice(question.key, pick_in_words, answer["text"], mass=0.0)
         return Choice(question.key, read_choice(answer["text"], question.choices), answer["text"])
 
 
@@ -174,21 +189,20 @@ class _Tally:
         self.failures, self.heard = 0, True
         return [*self.released(), choice]
 
-    def check(self) -> None:
-        """Raise `JudgeGone` where too many questions in a row got no answer."""
-        if self.failures >= _IN_A_ROW:
-            raise JudgeGone(f"{self.error}; {self.failures} questions in a row got no answer") from self.error
-
     def released(self) -> list[Choice]:
         refused, self.refused = self.refused, []
         return refused
 
 
-def _shares(top: dict[str, float], choices: Sequence[str]) -> tuple[float, ...] | None:
-    """What the choices share of the first token's probability; None where none of them is among the likeliest."""
+def _plain(question: Question) -> Question:
+    """A question so short that a server that works answers it, whatever it says."""
+    return Question(question.key, question.choices[0], question.choices)
+
+
+def _weights(top: dict[str, float], choices: Sequence[str]) -> list[float]:
+    """What each choice holds of the first token's probability, as far as it is among the likeliest."""
     weights = [0.0] * len(choices)
     for token, logprob in top.items():
         if token.strip() in choices and logprob <= 0:
             weights[choices.index(token.strip())] += math.exp(logprob)
-    total = sum(weights)
-    return tuple(weight / total for weight in weights) if total > 0 else None
+    return weights

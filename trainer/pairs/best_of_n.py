@@ -16,6 +16,7 @@ from trainer.pairs.building import Pair, PairBuilder
 from trainer.pairs.candidates import CandidateFile
 from trainer.pairs.continuations import Continuation, Generator, as_chat
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
+from trainer.pairs.users import continued, generator_described, naming
 from trainer.rewards import Reward, described, scored
 from trainer.schema import UserError
 
@@ -77,11 +78,14 @@ class BestOfN(PairBuilder):
                 raise UserError(f"{self.generator.path}: has no scores; give a reward, or map columns.score")
             return self.generator.load()
         assert self.source is not None
-        return self.source.load(self.generator.tokenizer_of())
+        with naming(self.generator, "tokenizer_of"):
+            tokenizer = self.generator.tokenizer_of()
+        with naming(self.source, "load"):
+            return self.source.load(tokenizer)
 
     @override
     def rows(self, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
-        for batch in self.generator.continued(prompts, self.n, self.sampling):
+        for batch in continued(self.generator, prompts, self.n, self.sampling):
             yield [self._row(prompt, texts) for prompt, texts in batch]
 
     def _row(self, prompt: Prompt, texts: list[Continuation]) -> Row:
@@ -120,7 +124,10 @@ class BestOfN(PairBuilder):
 
     @override
     def describe(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"class": type(self).__qualname__, "generator": self.generator.describe()}
+        made: dict[str, Any] = {
+            "class": type(self).__qualname__,
+            "generator": generator_described(self.generator),
+        }
         if not isinstance(self.generator, CandidateFile):
             made |= {"n": self.n, "sampling": dataclasses.asdict(self.sampling)}
         return made | {"reward": None if self.reward is None else described(self.reward)}

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from trainer.ledger import Ledger, Row
 from trainer.pairs.prompts import Prompt, Prompts
 from trainer.pairs.ranks import agreed, gathered, rank, ranks
+from trainer.pairs.users import is_users, naming, plain, rows_of
 from trainer.provenance import (
     git_revision,
     read_json,
@@ -33,7 +34,7 @@ from trainer.provenance import (
     write_json,
     write_text,
 )
-from trainer.schema import UserError
+from trainer.schema import UserError, failure
 
 PAIRS, CANDIDATES, PROMPTS = "pairs.jsonl", "candidates.jsonl", "prompts.jsonl"
 ABOUT, MANIFEST = "about.json", "manifest.json"
@@ -108,6 +109,10 @@ class PairBuilder(abc.ABC):
             **{f"{name}_finished": each["finished"] for name, each in named.items()},
         }
 
+    def beside(self) -> dict[str, str]:
+        """Files that are put beside the rows when these are begun: name -> text."""
+        return {}
+
     def findings(self, rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
         """What else the manifest says of all rows and of the pairs that are kept, as plain JSON."""
         return {}
@@ -138,15 +143,18 @@ def build(
         UserError: what the builder raises; or rows of other settings lie in `output`.
     """
     output, begun = Path(output), time.monotonic()
-    found = builder.prompts()
+    with naming(builder, "prompts"):
+        found = builder.prompts()
     told = "".join(_line({"key": prompt.key, "prompt": prompt.text}) for prompt in found.prompts)
-    follows = {**builder.describe(), "prompts": sha256_text(told)}
+    follows = {**plain(builder, "describe"), "prompts": sha256_text(told)}
     speaks = rank() == 0
     with Ledger(output, follows, f"{shard.number}-of-{shard.of}.{rank()}") as ledger:
         if speaks:
             about = {"settings": settings, "prompts": found.counts, "read": found.hashes}
             _write_once(output / PROMPTS, told)
             _write_once(output / ABOUT, json.dumps(about, ensure_ascii=False, indent=2) + "\n")
+            for name, text in plain(builder, "beside").items():
+                _write_once(output / name, text)
         mine = shard.deal(found.prompts)
         missing = set(agreed(ledger.missing(prompt.key for prompt in mine)))
         left = [prompt for prompt in mine if prompt.key in missing]
@@ -179,7 +187,7 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
     counts.update(kept=len(kept), candidates=sum(len(row["candidates"]) for row in rows))
     texts = {
         CANDIDATES: "".join(map(_line, rows)),
-        PAIRS: "".join(_line(builder.pair_row(row, pair)) for row, pair in kept),
+        PAIRS: "".join(_line(each) for each in _pair_rows(builder, kept)),
     }
     if not kept or not all(_says(output / name, text) for name, text in texts.items()):
         (output / MANIFEST).unlink(missing_ok=True)
@@ -187,16 +195,19 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
     if not kept:
         (output / PAIRS).unlink(missing_ok=True)
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        invalid = (each["invalid"] for row in rows for each in row["candidates"] if each.get("invalid"))
-        why = "".join(f"; the first invalid text: {each}" for each in itertools.islice(invalid, 1))
+        invalid = ((row, each) for row in rows for each in row["candidates"] if each.get("invalid"))
+        why = "".join(
+            f"; the first invalid text, to {row['prompt'][:40]!r}: {each['invalid']}"
+            for row, each in itertools.islice(invalid, 1)
+        )
         raise UserError(f"{output}: no pair is left ({told}{why}); ask for more texts, or less of each")
     _write_once(output / PAIRS, texts[PAIRS])
     manifest = {
         "kind": "pairs",
-        "builder": {**follows, **builder.selection()},
+        "builder": {**follows, **plain(builder, "selection")},
         "counts": dict(counts),
         "scores": _scores(rows, [pair for _, pair in kept]),
-        **builder.findings(rows, kept),
+        **_findings(builder, rows, kept),
         "files": {name: sha256_file(output / name) for name in (PAIRS, CANDIDATES)},
     }
     return _write_manifest(output / MANIFEST, manifest, about, begun)
@@ -229,7 +240,7 @@ def _make(builder: PairBuilder, ledger: Ledger, left: list[Prompt], whole: int, 
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
     with bar:
-        for rows in builder.rows(left) if left else ():
+        for rows in rows_of(builder, left) if left else ():
             ledger.add(rows)
             new += len(rows)
             bar.update(len(rows))
@@ -294,11 +305,25 @@ def _prompts_of(path: Path) -> list[Prompt]:
         raise UserError(f"{path}: holds no prompts; run the same `tandem pairs` again") from error
 
 
+def _pair_rows(builder: PairBuilder, kept: Sequence[tuple[Row, Pair]]) -> list[dict[str, Any]]:
+    with naming(builder, "pair_row"):
+        return [builder.pair_row(row, pair) for row, pair in kept]
+
+
+def _findings(builder: PairBuilder, rows: Sequence[Row], kept: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
+    with naming(builder, "findings"):
+        return builder.findings(rows, kept)
+
+
 def _paired(builder: PairBuilder, row: Row, counts: Counter[str]) -> Pair | None:
     try:
         return builder.pair(row, counts)
-    except (LookupError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, LookupError | TypeError | AttributeError) and not is_users(builder):
+            raise
         raise UserError(
             f"{type(builder).__qualname__}: makes nothing of the row {row['key']!r}"
-            f" ({type(error).__name__}: {error}); if someone changed it, remove its line in parts/"
+            f" ({failure(error)}); if someone changed it, remove its line in parts/"
         ) from error

@@ -12,14 +12,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from trainer.data.chat import chat_turns
 from trainer.data.tokenize import tokenize_prompt, tokenize_prompts
-from trainer.generation import Sampling, answer_batches
+from trainer.generation import Sampling, answer_batches, of_this_rank
 from trainer.judges import Judge
 from trainer.judges.scored import TransformersJudge
 from trainer.pairs.prompts import Prompt
 from trainer.policy.devices import check_device, device_named
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
-from trainer.schema import Message, UserError
+from trainer.schema import UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ class LocalGenerator(Generator):
     """A causal language model on this machine; under torchrun or srun a copy on each rank, which share the prompts.
 
     The texts do not depend on `batch_size`, shards or ranks in float32; in bfloat16 batches of other sizes round
-    otherwise. Nothing is loaded before the first prompt.
+    otherwise. A prompt that leaves no position for an answer has invalid ones. Nothing is loaded before the first
+    prompt.
 
     Args:
         base: folder of a causal language model, or its id on the hub (asks for the network); by default the
@@ -130,6 +132,11 @@ class LocalGenerator(Generator):
             ]
         else:
             rows = tokenize_prompts([prompt.text for prompt in prompts], tokenizer)
+        long = self._too_long(rows)
+        for place in of_this_rank(list(long)):
+            yield [(prompts[place], [Continuation("", 0, False, invalid=long[place])] * n)]
+        prompts = [prompt for place, prompt in enumerate(prompts) if place not in long]
+        rows = [row for place, row in enumerate(rows) if place not in long]
         batches = answer_batches(
             self._model,
             tokenizer,
@@ -147,6 +154,16 @@ class LocalGenerator(Generator):
             ]
             firsts = range(0, len(batch), n)
             yield [(prompts[batch[first][0] // n], texts[first : first + n]) for first in firsts]
+
+    def _too_long(self, rows: Sequence[list[int]]) -> dict[int, str]:
+        """The prompts that leave no position for an answer, and what is said of each: one of them ends no run."""
+        room = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        told = f"tokens; the model has {room} positions for prompt and answer)"
+        return {
+            place: f"the prompt is too long ({len(row):,} {told}"
+            for place, row in enumerate(rows)
+            if room is not None and len(row) >= room
+        }
 
     @override
     def tokenizer_of(self) -> PreTrainedTokenizerBase:
@@ -193,12 +210,6 @@ class LocalGenerator(Generator):
                     f"{self.adapter or self.base}: its weights are broken ({name} holds what is no number)"
                 )
         return model
-
-
-def chat_turns(text: str, system: str | None) -> list[Message]:
-    """A user's turn, behind a system turn where there is a text for it."""
-    user: Message = {"role": "user", "content": text}
-    return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
 def as_chat(pair: dict[str, Any], system: str | None = None) -> dict[str, Any]:

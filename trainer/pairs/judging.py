@@ -7,7 +7,7 @@ import math
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -15,9 +15,10 @@ from scipy import stats
 from trainer.ledger import Row
 from trainer.pairs.building import Pair
 from trainer.pairs.rubric import Language
+from trainer.pairs.scoring import told_of
 
 LISTED = 20
-_SAID = 300
+_SAID, _BEGINNING = 300, 80
 Candidate = Mapping[str, Any]
 
 
@@ -26,7 +27,8 @@ def findings(
 ) -> dict[str, Any]:
     """What the manifest says of self-judged rows.
 
-    `answers`, `labelled`; `unread` and `repaired` (reason -> answers) and `unread_examples`; `ties`; `criteria` (each
+    `answers`, `labelled`; `unread` and `repaired` (reason -> answers) and `unread_examples`; `mass` (how much of the
+    probability the digits had in the labels' questions: `trainer.pairs.scoring.told_of`); `ties`; `criteria` (each
     score's mean, deviation, means of chosen and rejected, rank correlation with length); `with_length` of the labels;
     `language`; `agreement` with each further scoring; `same_answers` (the same text given again by a prompt's samples).
     Correlations are Spearman's, lengths characters; None where there is nothing to correlate.
@@ -41,13 +43,14 @@ def findings(
         "repaired": dict(Counter(repair for each in every for repair in each.get("repairs", ()))),
         "ties": _ties(rows, pairs),
         "criteria": _by_criterion(labelled, [pair for _, pair in pairs]),
+        "mass": told_of(mass for each in _once(rows) for mass in (each.get("mass") or {}).values()),
         "with_length": {
             "answers": len(labelled),
             "all": spearman([(each["score"], len(each["text"])) for each in labelled]),
             "within_prompts": _within(rows),
         },
         "language": _language(every, language, threshold),
-        "agreement": _agreement(labelled, [pair for _, pair in pairs]),
+        "agreement": _agreement(rows, labelled, [pair for _, pair in pairs]),
         "same_answers": _same(rows),
     }
 
@@ -63,13 +66,14 @@ def spearman(points: Sequence[tuple[float, float]]) -> float | None:
     return found if math.isfinite(found) else None
 
 
-_SCRIPTS = {"ru": "CYRILLIC", "en": "LATIN"}
+LETTERS: Mapping[Language, str] = {"ru": "CYRILLIC", "en": "LATIN"}
+"""What the Unicode names of a language's letters begin with."""
 
 
 def script_share(text: str, language: Language) -> float | None:
     """The share of a language's script (Cyrillic, Latin) among a text's letters; None where it has none."""
     letters = [char for char in text if char.isalpha()]
-    own = sum(unicodedata.name(char, "").startswith(_SCRIPTS[language]) for char in letters)
+    own = sum(unicodedata.name(char, "").startswith(LETTERS[language]) for char in letters)
     return own / len(letters) if letters else None
 
 
@@ -80,10 +84,12 @@ def compared(
 
     Args:
         own: labelled candidates with their other score; without one they are left out.
-        pairs: the other scores of chosen and rejected of each pair.
+        pairs: the other scores of chosen and rejected of each pair: they confirm its order, contradict it, or are tied.
     """
     both = [(each["score"], other) for each, other in own if other is not None]
     known = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
+    # Sums of digits' shares differ in their last bits where they mean the same.
+    orders = [round(chosen - rejected, 6) for chosen, rejected in known]
     return {
         "answers": len(both),
         "spearman": spearman(both),
@@ -93,7 +99,9 @@ def compared(
         else None,
         "same_rounded": _share(_rounded(score) == _rounded(other) for score, other in both),
         "pairs": len(known),
-        "pairs_confirmed": _share(chosen > rejected for chosen, rejected in known),
+        "pairs_confirmed": _share(order > 0 for order in orders),
+        "pairs_contradicted": _share(order < 0 for order in orders),
+        "pairs_tied": _share(order == 0 for order in orders),
     }
 
 
@@ -107,19 +115,33 @@ def _share(found: Iterable[bool]) -> float | None:
 
 
 def _unread(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The first answers that no score could be read from; all of them stand in the candidates."""
+    """The first answers that no score could be read from; all of them stand in the candidates.
+
+    Of those that say nothing (the prompt was too long, say) the prompt tells which they are, and the first stands for
+    all samples.
+    """
     found = (
         {
             "key": row["key"],
             "sample": number,
             "why": each["invalid"],
+            "prompt": row["prompt"][:_BEGINNING],
             "said": each.get("said", each["text"])[:_SAID],
         }
         for row in rows
         for number, each in enumerate(row["candidates"])
         if each.get("invalid")
     )
-    return list(itertools.islice(found, LISTED))
+    seen: set[tuple[str, str]] = set()
+    listed = []
+    for each in found:
+        if not each["said"] and (each["key"], each["why"]) in seen:
+            continue
+        seen.add((each["key"], each["why"]))
+        listed.append(each)
+        if len(listed) == LISTED:
+            break
+    return listed
 
 
 def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
@@ -184,8 +206,13 @@ def _within(rows: Sequence[Row]) -> float | None:
 
 
 def _language(every: Sequence[Candidate], language: Language, threshold: float) -> dict[str, Any]:
-    """Answers by the script of their letters: the wanted one, or another."""
-    shares = [script_share(each["text"], language) for each in every if each["text"].strip()]
+    """Answers by the script of their letters: the wanted one, or another.
+
+    `not_read`: answers that are in none of the other counts, since nothing of them could be read, or they say nothing:
+    what a model said instead is mostly JSON, whose letters are not its answer's.
+    """
+    said = [each["text"] for each in every if each["text"].strip()]
+    shares = [script_share(text, language) for text in said]
     known = [share for share in shares if share is not None]
     other = sum(share < threshold for share in known)
     return {
@@ -193,12 +220,15 @@ def _language(every: Sequence[Candidate], language: Language, threshold: float) 
         "threshold": threshold,
         "answers": len(known),
         "without_letters": len(shares) - len(known),
+        "not_read": len(every) - len(said),
         "other": other,
         "share": other / len(known) if known else None,
     }
 
 
-def _agreement(labelled: Sequence[Candidate], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def _agreement(
+    rows: Sequence[Row], labelled: Sequence[Candidate], pairs: Sequence[Pair]
+) -> list[dict[str, Any]]:
     """Of each further scoring with the label, in the order of the wordings."""
     times = max((len(each.get("again", ())) for each in labelled), default=0)
     return [
@@ -206,8 +236,21 @@ def _agreement(labelled: Sequence[Candidate], pairs: Sequence[Pair]) -> list[dic
             [(each, _again(each, time)) for each in labelled],
             [(_again(pair.chosen, time), _again(pair.rejected, time)) for pair in pairs],
         )
+        | {"mass": told_of(_again_masses(rows, time))}
         for time in range(times)
     ]
+
+
+def _again_masses(rows: Sequence[Row], time: int) -> Iterator[float | None]:
+    for each in _once(rows):
+        if noted := each.get("again_mass"):
+            yield from noted[time].values()
+
+
+def _once(rows: Sequence[Row]) -> Iterator[Candidate]:
+    """Each prompt's answers, the same one once: that is how often they are scored apart."""
+    for row in rows:
+        yield from {each["text"]: each for each in row["candidates"]}.values()
 
 
 def _again(candidate: Candidate, time: int) -> float | None:

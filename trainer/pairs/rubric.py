@@ -22,6 +22,8 @@ from trainer.provenance import sha256_text
 from trainer.schema import UserError
 
 RUBRIC = Path(__file__).resolve().parents[2] / "configs" / "oasst_ru" / "rubric_ru.yaml"
+RECORDED = "rubric.json"
+"""What a folder of pairs that were made by a rubric keeps it in."""
 SCORES = ("1", "2", "3", "4", "5")
 Language = Literal["ru", "en"]
 
@@ -78,6 +80,21 @@ class Rubric:
             _text(path, "score", file, f"prompts.score, number {n}") for n, file in enumerate(score, start=1)
         ]
         return cls(language, criteria, texts, tuple(wordings))
+
+    @classmethod
+    def of_json(cls, path: str | Path) -> Rubric:
+        """What `as_json` gave. Raises `UserError` for a file that holds anything else."""
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            criteria = tuple(Criterion(**each) for each in found.pop("criteria"))
+            return cls(criteria=criteria, score=tuple(found.pop("score")), **found)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: holds no rubric ({reason}); give one by --rubric FILE") from error
+
+    def as_json(self) -> str:
+        """All of it, texts too, for a folder that should need no other file."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2) + "\n"
 
     def asked(self, instruction: str, form: Form | None) -> str:
         """What the model is asked for an answer; with a form, for its score, too."""

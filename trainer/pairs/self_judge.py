@@ -17,7 +17,7 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from trainer.generation import Sampling
-from trainer.judges import Choice, Judge
+from trainer.judges import Judge
 from trainer.ledger import Row
 from trainer.pairs.best_of_n import choose
 from trainer.pairs.building import Pair, PairBuilder
@@ -26,7 +26,9 @@ from trainer.pairs.continuations import Continuation, Generator, as_chat
 from trainer.pairs.estimates import Estimate, Form, Unreadable, read_estimate
 from trainer.pairs.judging import findings
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
-from trainer.pairs.rubric import RUBRIC, Rubric
+from trainer.pairs.rubric import RECORDED, RUBRIC, Rubric
+from trainer.pairs.scoring import Mark, marks
+from trainer.pairs.users import continued, generator_described, naming
 from trainer.schema import UserError
 
 Way = Literal["together", "apart"]
@@ -134,13 +136,16 @@ class SelfJudge(PairBuilder):
 
     @override
     def prompts(self) -> Prompts:
-        return self.source.load(self.generator.tokenizer_of())
+        with naming(self.generator, "tokenizer_of"):
+            tokenizer = self.generator.tokenizer_of()
+        with naming(self.source, "load"):
+            return self.source.load(tokenizer)
 
     @override
     def rows(self, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
         plain = {prompt.key: prompt for prompt in prompts}
         asked = [Prompt(each.key, self.rubric.asked(each.text, self.form)) for each in prompts]
-        for batch in self.generator.continued(asked, self.n, self.sampling):
+        for batch in continued(self.generator, asked, self.n, self.sampling):
             yield [self._row(plain[prompt.key], texts) for prompt, texts in batch]
 
     def _row(self, prompt: Prompt, texts: list[Continuation]) -> Row:
@@ -179,8 +184,8 @@ class SelfJudge(PairBuilder):
             return len(found.answer.split())
         return len(tokenizer.encode(found.answer, add_special_tokens=False, split_special_tokens=True))
 
-    def _scored(self, prompt: Prompt, texts: Sequence[str]) -> dict[str, list[dict[str, float | str]]]:
-        """For each text that says something and each wording: the score by each criterion, or why there is none."""
+    def _scored(self, prompt: Prompt, texts: Sequence[str]) -> dict[str, list[dict[str, Mark]]]:
+        """For each text that says something and each wording: the mark by each criterion."""
         kept = [text for text in dict.fromkeys(texts) if text.strip()]
         places = [
             (number, wording, criterion)
@@ -192,32 +197,31 @@ class SelfJudge(PairBuilder):
             self.rubric.question(f"{prompt.key}/{place:06d}", prompt.text, kept[number], criterion, wording)
             for place, (number, wording, criterion) in enumerate(places)
         ]
-        choices = {each.key: each for some in self._judge.choose(questions) for each in some}
-        found: dict[str, list[dict[str, float | str]]] = {text: [{} for _ in self._wordings] for text in kept}
+        given = marks(self._judge, questions)
+        found: dict[str, list[dict[str, Mark]]] = {text: [{} for _ in self._wordings] for text in kept}
         for question, (number, wording, criterion) in zip(questions, places, strict=True):
-            found[kept[number]][wording][criterion.key] = expected(choices[question.key])
+            found[kept[number]][wording][criterion.key] = given[question.key]
         return found
 
-    def _give(self, candidate: dict[str, Any], found: Sequence[Mapping[str, float | str]]) -> None:
+    def _give(self, candidate: dict[str, Any], found: Sequence[Mapping[str, Mark]]) -> None:
         """A candidate its scores; one that lacks any of its label's is invalid."""
         own, again = (found[0], found[1:]) if self.way == "apart" else (None, found)
         if own is not None:
-            missing = [f"{key}: {why}" for key, why in own.items() if isinstance(why, str)]
+            _note(candidate, "mass", _masses(own))
+            missing = [f"{key}: {mark.score}" for key, mark in own.items() if isinstance(mark.score, str)]
             if missing:
                 candidate["invalid"] = f"no score ({missing[0]})"
                 return
-            candidate["scores"] = dict(own)
+            candidate["scores"] = _whole(own)
         if again:
             # A wording that gave no score of a criterion says nothing of the answer.
-            whole = [
-                None if any(isinstance(value, str) for value in each.values()) else dict(each)
-                for each in again
-            ]
-            candidate["again"] = whole
+            candidate["again"] = [_whole(each) for each in again]
+            _note(candidate, "again_mass", [_masses(each) for each in again])
 
     @functools.cached_property
     def _judge(self) -> Judge:
-        return self.generator.scorer(self.scoring_batch_size or 8)
+        with naming(self.generator, "scorer"):
+            return self.generator.scorer(self.scoring_batch_size or 8)
 
     @override
     def pair(self, row: Row, counts: Counter[str]) -> Pair | None:
@@ -238,10 +242,15 @@ class SelfJudge(PairBuilder):
         return {"judging": told | findings(rows, pairs, self.rubric.language, self.language_threshold)}
 
     @override
+    def beside(self) -> dict[str, str]:
+        """The rubric as it is: the folder needs no other file to be scored again."""
+        return {RECORDED: self.rubric.as_json()}
+
+    @override
     def describe(self) -> dict[str, Any]:
         return {
             "class": type(self).__qualname__,
-            "generator": self.generator.describe(),
+            "generator": generator_described(self.generator),
             "rubric": self.rubric.describe(),
             "way": self.way,
             "form": self.form,
@@ -259,18 +268,22 @@ class SelfJudge(PairBuilder):
         }
 
 
-def expected(choice: Choice) -> float | str:
-    """The digits' mean by their probabilities; or why there is none. A choice in words has no probabilities.
+def _whole(found: Mapping[str, Mark]) -> dict[str, float] | None:
+    """The scores by each criterion; None where one is missing."""
+    known = {key: mark.score for key, mark in found.items() if not isinstance(mark.score, str)}
+    return known if len(known) == len(found) else None
 
-    Raises `UserError` where the judge gave no answer at all: the same question may be asked again later.
-    """
-    if not choice.answered:
-        raise UserError(f"question {choice.key} got no answer ({choice.said}); the same command asks again")
-    if choice.probabilities is None:
-        return (
-            choice.said if choice.pick is None else "no probabilities of the digits"
-        ) or "nothing was said"
-    return math.fsum(share * digit for digit, share in enumerate(choice.probabilities, start=1))
+
+def _masses(found: Mapping[str, Mark]) -> dict[str, float | None]:
+    """What probability the digits had, by criterion."""
+    return {key: mark.mass for key, mark in found.items()}
+
+
+def _note(candidate: dict[str, Any], name: str, masses: Any) -> None:
+    """Put down masses of which one is known."""
+    each = masses if isinstance(masses, list) else [masses]
+    if any(mass is not None for some in each for mass in some.values()):
+        candidate[name] = masses
 
 
 def _bare(text: Continuation) -> Continuation:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.report.texts import Shown, number, readable, shown
 
-_CORRELATED, _AGREES, _TIED, _OTHER = 0.3, 0.65, 0.2, 0.1
+_CORRELATED, _AGREES, _TIED, _OTHER, _LOW = 0.3, 0.65, 0.2, 0.1, 0.5
 """From where on a note says what a number means."""
 _LANGUAGES = {"ru": "Russian", "en": "English"}
 
@@ -24,7 +24,11 @@ def judging_view(summary: Mapping[str, Any]) -> dict[str, Any] | None:
         + ("".join(f" {_said(each)}" for each in others)),
         "notes": _notes(found) + [_other(each) for each in others],
         "unread": [
-            {"why": readable(str(each.get("why"))), "said": _shown(each.get("said"))}
+            {
+                "why": readable(str(each.get("why"))),
+                "said": _shown(each.get("said")),
+                "prompt": readable(str(each.get("prompt") or "")),
+            }
             for each in found.get("unread_examples") or []
         ],
     }
@@ -44,7 +48,10 @@ def _shown(said: Any) -> Shown:
 def _said(other: Mapping[str, Any]) -> str:
     judge = other.get("judge") or {}
     named = readable(str(judge.get("model") or judge.get("class") or "another judge"))
-    return f"{readable(str(other.get('label')))}: {named}, its mean and its Spearman correlation with the model's own."
+    told = f"{readable(str(other.get('label')))}: {named}"
+    if other.get("same_rubric") is False:
+        return f"{told}, asked by another rubric."
+    return f"{told}, its mean and its Spearman correlation with the model's own."
 
 
 def _table(found: Mapping[str, Any], others: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,14 +72,17 @@ def _table(found: Mapping[str, Any], others: list[Mapping[str, Any]]) -> dict[st
 
 
 def _of(other: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Another judge's mean and agreement by a criterion, or by all of them for a score of the whole answer."""
+    """Another judge's mean and agreement by a criterion, or by all of them for a score of the whole answer.
+
+    By another rubric a criterion of the same key is another one.
+    """
     if key == "estimate":
         return {"mean": other.get("mean"), "spearman": other["compared"]["spearman"]}
-    return (other.get("criteria") or {}).get(key) or {}
+    return {} if other.get("same_rubric") is False else (other.get("criteria") or {}).get(key) or {}
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
-    parts = (_asked, _unread, _ties, _length, _language, _agreement, _same)
+    parts = (_asked, _mass, _unread, _ties, _length, _language, _agreement, _same)
     return [note for part in parts for note in part(found)]
 
 
@@ -82,6 +92,18 @@ def _asked(found: Mapping[str, Any]) -> list[str]:
         "together": "in one go with the answer",
     }.get(str(found.get("way")), "")
     return [f"{found['labelled']:,} of {found['answers']:,} answers have a score, given {way}."]
+
+
+def _mass(found: Mapping[str, Any]) -> list[str]:
+    return [_held(found["mass"])] if found.get("mass") else []
+
+
+def _held(mass: Mapping[str, Any]) -> str:
+    """How much of the probability the digits had before it was shared out among them."""
+    told = f"The digits held {_percent(mass['mean'])} of the probability on average, {_percent(mass['min'])} at the"
+    told += f" least, and less than half in {_percent(mass['below_half'])} of {mass['questions']:,} questions"
+    low = ": mostly the model would not have answered with a digit, and its scores say little."
+    return told + (low if mass["mean"] < _LOW else ".")
 
 
 def _unread(found: Mapping[str, Any]) -> list[str]:
@@ -127,7 +149,11 @@ def _language(found: Mapping[str, Any]) -> list[str]:
         f"{language['other']:,} of {language['answers']:,} answers ({_percent(language['share'])}) are not in"
     )
     told += f" {wanted}, by the script of their letters; {language['without_letters']:,} have no letters"
-    return [told + (": look at the prompts." if language["share"] >= _OTHER else ".")]
+    told += ": look at the prompts." if language["share"] >= _OTHER else "."
+    missing = language.get("not_read")
+    return [
+        told + (f" Of {missing:,} more nothing could be read: they count for neither." if missing else "")
+    ]
 
 
 def _agreement(found: Mapping[str, Any]) -> list[str]:
@@ -135,6 +161,7 @@ def _agreement(found: Mapping[str, Any]) -> list[str]:
     how = "in a second call, criterion by criterion" if apart else "in other words"
     return [
         f"Scored again {how} ({number(place, 0)}): {_compared(each)}"
+        + (f" {_held(each['mass'])}" if each.get("mass") else "")
         for place, each in enumerate(found["agreement"], 1)
     ]
 
@@ -150,15 +177,23 @@ def _same(found: Mapping[str, Any]) -> list[str]:
 
 
 def _other(other: Mapping[str, Any]) -> str:
-    return f"Another judge ({readable(str(other.get('label')))}): {_compared(other['compared'])}"
+    told = f"Another judge ({readable(str(other.get('label')))}): {_compared(other['compared'])}"
+    if other.get("same_rubric") is False:
+        told += " It was asked by another rubric than the one the pairs were made by: criteria are not comparable."
+    return told + (f" {_held(other['mass'])}" if other.get("mass") else "")
 
 
 def _compared(each: Mapping[str, Any]) -> str:
-    confirmed = each["pairs_confirmed"]
+    confirmed, against = each["pairs_confirmed"], each.get("pairs_contradicted")
+    tied = each.get("pairs_tied") or 0.0
     told = f"Spearman {number(each['spearman'])}, {number(each['mean_absolute_difference'])} points apart on average"
     told += f", the same mark for {_percent(each['same_rounded'])}"
     told += f"; {_percent(confirmed)} of the pairs in the same order"
-    return told + (": hardly more than chance." if confirmed is not None and confirmed < _AGREES else ".")
+    if against is not None:
+        told += f", {_percent(against)} the other way round, {_percent(tied)} tied"
+    # A coin that is tossed for each tie is right in half of them.
+    chance = confirmed is not None and confirmed + tied / 2 < _AGREES
+    return told + (": hardly more than chance." if chance else ".")
 
 
 def _percent(share: float | None) -> str:

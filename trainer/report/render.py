@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from trainer.report.histograms import draw_pairs
 from trainer.report.pairs_view import pairs_view
 from trainer.report.pictures import Picture, draw
+from trainer.report.prompts_view import draw_prompts, prompts_view
 from trainer.report.view import label, percent, view
 
 _HERE = Path(__file__).resolve().parent
@@ -40,6 +41,12 @@ def render_pairs(summary: Mapping[str, Any]) -> str:
     """A summary of pairs (`trainer.report.pairs`) as one HTML page."""
     page = _html().get_template("pairs.html.j2")
     return page.render(found=pairs_view(summary), style=_style(), drawings=_with_svg(draw_pairs(summary)))
+
+
+def render_prompts(summary: Mapping[str, Any]) -> str:
+    """A summary of prompts (`trainer.pairs.prompts_told`) as one HTML page."""
+    page = _html().get_template("prompts.html.j2")
+    return page.render(found=prompts_view(summary), style=_style(), drawings=_with_svg(draw_prompts(summary)))
 
 
 @functools.cache

@@ -33,13 +33,16 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """One reward: its stages on one scale; `zero` is where 0 lies, if it does."""
+    """One reward: its stages on one scale; `zero` is where 0 lies, if it does; `parts`: what it is the mean of."""
 
     name: str
     low: str
     high: str
     zero: float | None
     rows: list[Mark]
+    columns: list[str]
+    parts: list[dict[str, Any]]
+    unscored: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +168,48 @@ def _scale(reward: str, found: Evaluations, label: Label) -> Scale:
     low, high = low - 0.06 * span, high + 0.06 * span
     zero = _place(0.0, low, high) if low < 0 < high else None
     rows = [_mark(stage, reward, found, (low, high), label) for stage in stages]
-    return Scale(readable(reward), number(low), number(high), zero, rows)
+    return Scale(
+        readable(reward),
+        number(low),
+        number(high),
+        zero,
+        rows,
+        [label(stage) for stage in stages],
+        _parts(reward, stages),
+        _unscored(reward, stages, label),
+    )
+
+
+def _parts(reward: str, stages: Evaluations) -> list[dict[str, Any]]:
+    """A line for each part of a reward, with its mean at each stage and what it gained since before training."""
+    names = dict.fromkeys(
+        part for each in stages.values() for part in each["rewards"][reward].get("parts") or {}
+    )
+    return [
+        {"name": readable(part), "cells": [_part(part, reward, stage, stages) for stage in stages]}
+        for part in names
+    ]
+
+
+def _part(part: str, reward: str, stage: str, stages: Evaluations) -> Cell:
+    def entry(evaluation: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        return (((evaluation or {}).get("rewards", {}).get(reward) or {}).get("parts") or {}).get(part) or {}
+
+    now, was = entry(stages[stage]), entry(before(stage, stages))
+    if not isinstance(now.get("mean"), int | float):
+        return Cell("–")
+    change = number(now["mean"] - was["mean"], sign=True) if isinstance(was.get("mean"), int | float) else ""
+    return Cell(number(now["mean"]), between(now.get("interval")), change)
+
+
+def _unscored(reward: str, stages: Evaluations, label: Label) -> str:
+    """`3 texts of DPO got no score (cut JSON)`: they are in no mean."""
+    told = [
+        f"{label(stage)}: {sum(found.values()):,} texts got no score ({', '.join(found)})"
+        for stage, each in stages.items()
+        if (found := each["rewards"][reward].get("unscored"))
+    ]
+    return "; ".join(told)
 
 
 def _place(value: float, low: float, high: float) -> float:
@@ -285,5 +329,5 @@ def _prompts(found: Evaluations, label: Label) -> list[dict[str, Any]]:
 def _answer(stage: str, example: Mapping[str, Any], label: Label) -> dict[str, Any]:
     rewards = example.get("rewards") or {}
     text: Shown = shown(example.get("completion"))
-    told = [(readable(name), number(value)) for name, value in rewards.items()]
+    told = [(readable(name), number(value)) for name, value in rewards.items() if value is not None]
     return {"label": label(stage), "text": text, "rewards": told}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -26,6 +27,32 @@ class Reward(abc.ABC):
         return {"class": type(self).__qualname__}
 
 
+class PartedReward(Reward):
+    """A reward that is the mean of several scores, such as those by a rubric's criteria; evaluations tell each."""
+
+    @abc.abstractmethod
+    def by_part(self, prompts: Sequence[str], completions: Sequence[str]) -> list[dict[str, float] | str]:
+        """Name -> score of each completion, the same names for all; or why it has no score."""
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """The means. Raises `UserError` for a completion that has no score."""
+        found = []
+        for text, by in zip(completions, self.by_part(prompts, completions), strict=True):
+            if isinstance(by, str):
+                raise UserError(f"{_name(self)}: {text[:60]!r} got no score ({by})")
+            found.append(math.fsum(by.values()) / len(by))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a completion is worth, and its parts; None, and why, where it has no score."""
+
+    value: float | None
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    why: str = ""
+
+
 def described(reward: Any) -> dict[str, Any]:
     """What a manifest says of a reward: its own `describe()`, or its class. Raises `UserError` where that fails."""
     if not hasattr(reward, "describe"):
@@ -44,9 +71,22 @@ def described(reward: Any) -> dict[str, Any]:
 
 def scored(reward: Any, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """The reward of each completion, checked. Raises `UserError` for whatever goes wrong in it, so that ranks agree."""
+    found = _asked(reward, reward, prompts, completions)
+    return [_number(_name(reward), score, text) for score, text in zip(found, completions, strict=True)]
+
+
+def scored_by_part(reward: Any, prompts: Sequence[str], completions: Sequence[str]) -> list[Score]:
+    """As `scored`, with the parts of a reward that has some, whose texts may also go without a score."""
+    if not isinstance(reward, PartedReward):
+        return [Score(value) for value in scored(reward, prompts, completions)]
+    found = _asked(reward, reward.by_part, prompts, completions)
+    return [_parted(_name(reward), by, text) for by, text in zip(found, completions, strict=True)]
+
+
+def _asked(reward: Any, call: Any, prompts: Sequence[str], completions: Sequence[str]) -> list[Any]:
     name = _name(reward)
     try:
-        found = list(reward(prompts, completions))
+        found = list(call(prompts, completions))
     except UserError:
         raise
     except Exception as error:
@@ -56,7 +96,14 @@ def scored(reward: Any, prompts: Sequence[str], completions: Sequence[str]) -> l
         raise UserError(
             f"{name}: gave {len(found)} scores for {len(completions)} texts; one is wanted for each"
         )
-    return [_number(name, score, text) for score, text in zip(found, completions, strict=True)]
+    return found
+
+
+def _parted(name: str, by: Any, text: str) -> Score:
+    if isinstance(by, str):
+        return Score(None, why=by)
+    parts = {part: _number(name, value, text) for part, value in by.items()}
+    return Score(math.fsum(parts.values()) / len(parts), parts)
 
 
 def _number(name: str, score: Any, text: str) -> float:

@@ -1,0 +1,134 @@
+"""A small chat model from scratch: whole chats through a template, of which only the answers are learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from launch.scratch.models import Shape, generator_of, tokenizer_of
+from launch.scratch.training import Learning, begin, save, train
+from trainer.data.preferences import DemonstrationFile
+from trainer.data.tokenize import Limits, TokenCounts, tokenize_demonstrations
+from trainer.schema import Demonstration, TokenizedDemonstration, UserError
+
+TEMPLATE = Path(__file__).resolve().parent / "chat.jinja"
+_MARKS, _ROLES = ("<start_of_turn>", "<end_of_turn>"), ("user", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings:
+    """What is learned, by what, and how.
+
+    Args:
+        chats: rows of `messages` (or `prompt` and `completion`); the last turn is the answer. Every prompt is either
+            learned from or measured on.
+        template: file of the chat template (Jinja). Default: Gemma's form, which knows no system role.
+        shape: the model's sizes; longer chats are left out and counted.
+        learning: steps, batch size, learning rate; a batch holds whole chats.
+        seed: of the weights and the order.
+        threads: of the CPU.
+    """
+
+    chats: DemonstrationFile
+    template: str = str(TEMPLATE)
+    shape: Shape = dataclasses.field(default_factory=Shape)
+    learning: Learning = dataclasses.field(default_factory=Learning)
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: {self.seed} is not possible; give 0 to {2**32 - 1}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads: {self.threads} is not possible; give 1 or more")
+        if self.learning.token_dropout:
+            raise UserError("learning.token_dropout: has no effect on a chat model; leave it out")
+        for name in ("shortest", "longest"):
+            if getattr(self.learning, name) != getattr(Learning(), name):
+                raise UserError(
+                    f"learning.{name}: has no effect on chats, which are learned whole; leave it out"
+                )
+
+
+def make_chat(settings: ChatSettings, output: Path) -> dict[str, Any]:
+    """Train a chat model; returns its loss and perplexity (nats a token of the answers) on chats it has not seen."""
+    template = _template(settings.template)
+    parts = [settings.chats.load(split) for split in ("train", "validation")]
+    learn, measure = ([each for each in part.records if isinstance(each, Demonstration)] for part in parts)
+    if not learn or not measure:
+        raise UserError(
+            f"{settings.chats.path}: {len(learn)} chats to learn from and {len(measure)} to measure on; give more, or"
+            " another chats.validation_fraction"
+        )
+    begin(settings.seed, settings.threads)
+    # The template's own words, so that they are one token each.
+    texts = itertools.chain((text for each in learn for text in _texts(each)), _ROLES * len(learn))
+    tokenizer = tokenizer_of(texts, settings.shape, marks=_MARKS)
+    tokenizer.chat_template = template
+    limits, counts = Limits(settings.shape.positions, "drop"), TokenCounts()
+    try:
+        rows = [tokenize_demonstrations(part, tokenizer, limits, counts) for part in (learn, measure)]
+    except TemplateError as error:
+        raise UserError(f"template {settings.template}: {error}") from error
+    if not all(rows):
+        raise UserError(
+            f"{settings.chats.path}: all chats are longer than shape.positions ({settings.shape.positions} tokens);"
+            " give more positions"
+        )
+    model = generator_of(settings.shape, tokenizer)
+    steps, size = settings.learning.steps, settings.learning.batch_size
+    data = (
+        Answers(rows[0], steps * size, settings.seed),
+        Answers(rows[1], min(len(rows[1]), 512), settings.seed + 1),
+    )
+    loss = train(model, tokenizer, data, settings.learning, settings.seed)["eval_loss"]
+    figures = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 50)),
+        "dropped_overlong": counts.dropped_overlong,
+    }
+    told = dataclasses.asdict(settings) | {"chats": settings.chats.describe()}
+    save(model, tokenizer, told, parts[0].hashes, figures, output)
+    return figures
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"template {path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _texts(each: Demonstration) -> Iterator[str]:
+    for turns in (each.prompt, each.completion):
+        yield from [turns] if isinstance(turns, str) else (turn["content"] for turn in turns)
+
+
+class Answers:
+    """Token rows with labels at the answers alone, `count` of them: a dataset for transformers' Trainer.
+
+    Item i follows from (seed, i) alone; in every len(rows) items each row comes once.
+    """
+
+    def __init__(self, rows: Sequence[TokenizedDemonstration], count: int, seed: int) -> None:
+        self.rows, self.count, self.seed, self.labels = rows, count, seed, None
+        self._order: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turn, place = divmod(index, len(self.rows))
+        if self._order[0] != turn:
+            order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self.rows))
+            self._order = (turn, order)
+        row = self.rows[int(self._order[1][place])]
+        prompt, answer = list(row.prompt), list(row.completion)
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
