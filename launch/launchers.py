@@ -270,23 +270,26 @@ def strategy_of(given: Any, rank_timeout: float) -> Any:
     return given
 
 
-def follow_parent() -> None:
+def follow_parent(grace: float = _GRACE_SECONDS) -> None:
     """In a process that rank zero (`tandem fit --trainer.devices 2`) or torchrun has started: end with it.
+
+    So many seconds later: rank zero may have finished first, and then this process is about to.
 
     Both watch the ranks, but nothing watches them: killed, they would leave ranks that train on or wait for ever.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True, name="follow-parent").start()
+        threading.Thread(
+            target=_follow, args=(os.getppid(), grace), daemon=True, name="follow-parent"
+        ).start()
     elif "LOCAL_RANK" not in os.environ:
         os.environ[_PARENT] = str(os.getpid())
     elif (parent := os.environ.get(_PARENT)) == str(os.getppid()):
-        threading.Thread(target=_follow, args=(int(parent),), daemon=True, name="follow-parent").start()
+        threading.Thread(target=_follow, args=(int(parent), grace), daemon=True, name="follow-parent").start()
 
 
-def _follow(parent: int) -> None:
+def _follow(parent: int, grace: float) -> None:
     while os.getppid() == parent:
         time.sleep(1)
-    # Rank zero may have finished first; then this process is about to.
-    time.sleep(_GRACE_SECONDS)
+    time.sleep(grace)
     print("tandem: the process that started this rank is gone", file=sys.stderr, flush=True)
     os._exit(1)

@@ -184,6 +184,8 @@ def run_step(
         replaces = before.get("replaces")
     if step.command[0] == "fit":
         command += ["--resume", "auto"] if resumed else ["--overwrite"]
+    if force and step.command in (("spin",), ("spin", "run")):
+        command.append("--force")  # its own steps are done as well
     if offline:
         command.append("--offline")
     record(step, "running", hashes, replaces)

@@ -37,6 +37,9 @@ class Message(TypedDict):
     content: str
 
 
+ScoredTurns = Literal["last", "all"]
+"""Which of the assistant's turns in a chat are imitated."""
+
 Text = str | Sequence[Message]
 """Plain text, or the turns of a chat."""
 
@@ -45,7 +48,8 @@ Text = str | Sequence[Message]
 class Demonstration:
     """A prompt and the completion to imitate. `origin` says where it stood (file and row), for messages.
 
-    A completion that was cut (`finished` false) did not end: no EOS is put behind it.
+    A completion that was cut (`finished` false) did not end: no EOS is put behind it. With `scored_turns` all, the
+    assistant's earlier turns in the prompt are imitated, too.
     """
 
     prompt: Text
@@ -53,6 +57,7 @@ class Demonstration:
     id: str
     origin: str = ""
     finished: bool = True
+    scored_turns: ScoredTurns = "last"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,12 +80,19 @@ class Preference:
 class TokenizedDemonstration:
     """`prompt` opens with BOS (where the tokenizer has one), `completion` closes with EOS unless it was cut.
 
-    It was cut where the record says so (`finished`), or by `Limits`.
+    It was cut where the record says so (`finished`), or by `Limits`. `marks`: for each of the prompt's tokens 1 where
+    it is scored, too, as part of an earlier answer, else 0; empty where none is. The first is never scored.
     """
 
     prompt: list[int]
     completion: list[int]
     id: str
+    marks: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def scored(self) -> int:
+        """How many of its tokens are scored."""
+        return len(self.completion) + sum(self.marks)
 
     @property
     def longest(self) -> int:
@@ -96,6 +108,11 @@ class TokenizedPreference:
     chosen: list[int]
     rejected: list[int]
     id: str
+
+    @property
+    def scored(self) -> int:
+        """How many tokens a token-weighted loss counts: those of the chosen."""
+        return len(self.chosen)
 
     @property
     def longest(self) -> int:

@@ -101,14 +101,16 @@ def _build(own: dict[str, str | None], rest: list[str]) -> tuple[int, int, Path]
     device = own.get("--device") or ("cpu" if cli.config.trainer.accelerator == "cpu" else None)
     fabric = join_ranks(device)
     made_of = made_of_settings(module.reference_config, module.policy_config)
-    cache = ReferenceCache(identity(made_of, fingerprint(made_of)))
+    known, data = fingerprint(made_of), cli.data_only()
+    if (check := getattr(data.source, "check_reference", None)) is not None:
+        check(known)
+    cache = ReferenceCache(identity(made_of, known))
     folder = CacheFolder(Path(path), cache.identity)
     cache.must_write = True
     from_first(folder.take)
     try:
         cache.attach(folder)
         before = len(cache)
-        data = cli.data_only()
         data.tokenizer = module.tokenizer
         data.setup("fit")
         if work := _work(data, cache):

@@ -6,10 +6,12 @@ Each kind works alone; `tandem spin --iterations T` goes through all of them, T 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -62,7 +64,10 @@ def reformat_parser() -> ArgumentParser:
         type=float | None,
         help="Share of the prompts kept for the test where none is named. Default: 0.05; 0: no test.",
     )
-    made.add_argument("--limit", type=PositiveInt | None, help="At most so many chats of each split.")
+    made.add_argument("--limit", type=PositiveInt | None, help="At most so many chats to train on.")
+    made.add_argument(
+        "--test_limit", type=PositiveInt | None, help="At most so many to test on. Default: as --limit."
+    )
     made.add_argument(
         "--broken",
         type=Literal["refuse", "drop"],
@@ -81,7 +86,11 @@ def reformat(arguments: Sequence[str]) -> int:
     from trainer.pairs.self_play import reformat as reformatted
 
     quiet()
-    output = _folder(given)
+    output, tests = _folder(given), given.test_fraction != 0
+    if given.test_limit is not None and not tests:
+        raise UserError(
+            f"--test_limit {given.test_limit}: has no effect with --test_fraction 0; leave one of them out"
+        )
     source = chat_source(
         given.data,
         given.split,
@@ -94,8 +103,17 @@ def reformat(arguments: Sequence[str]) -> int:
         revision=given.revision,
         offline=given.offline,
     )
-    manifest = reformatted(source, output, tests=given.test_fraction != 0)
+    testing = (
+        None if given.test_limit is None else dataclasses.replace(cast(Any, source), limit=given.test_limit)
+    )
+    manifest = reformatted(source, output, tests, testing)
     _tell(manifest["counts"], "chats", output)
+    if tests and not manifest["counts"]["test"]["kept"]:
+        print(
+            f"tandem: no chat is left to test on, so that {output} has no test.jsonl; give --test_data, or a higher"
+            " --test_fraction",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -175,7 +193,12 @@ def generate(arguments: Sequence[str]) -> int:
     import torch
 
     from launch.ending import leave_together
+    from launch.launchers import follow_parent
 
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # killed, torchrun would leave ranks that write what the next ones are to
+        follow_parent(grace=0.0)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     try:

@@ -14,12 +14,13 @@ from launch.cli import main
 from tests.data.tokenizers_of_kinds import KINDS
 from tests.policy.test_load import save_plain
 from trainer.data.chat import bare_answer, render, template_identity
-from trainer.data.self_play import SpinPairs, SpinRow, chat_source, opponent_of, spin_row_of
+from trainer.data.self_play import SpinPairs, SpinRow, opponent_of
 from trainer.data.tokenize import tokenize_preferences, tokenize_prompt
 from trainer.generation import Sampling
-from trainer.pairs.self_play import Opponent, Part, generate, read_chats, reformat
+from trainer.pairs.self_play import Opponent, Part, generate, read_chats
 from trainer.pairs.self_play_merge import convert
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
+from trainer.provenance import write_text
 from trainer.schema import UserError
 
 CHAT = [
@@ -64,62 +65,6 @@ def answered(opponent: Opponent, chats: Path, output: Path, part: Part = Part(),
     sampling = Sampling(**{"max_new_tokens": 6, "do_sample": True, **settings.pop("sampling", {})})
     load = settings.pop("load", lambda: load_frozen(opponent.config))
     return generate(opponent, load, read_chats(chats), output, sampling, part, **settings)
-
-
-# --- reformat
-
-
-@pytest.mark.parametrize(
-    ("row", "history", "real"),
-    [
-        ({"messages": CHAT}, CHAT[:-1], "four"),
-        ({"prompt": "one?", "prompt_id": "x", "messages": CHAT[1:3]}, CHAT[1:2], "two"),
-        ({"prompt": "one?", "response": "two"}, CHAT[1:2], "two"),
-        ({"prompt": "one?", "completion": "two"}, CHAT[1:2], "two"),
-        ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, CHAT[:2], "two"),
-        ({"prompt": "one?", "chosen": "two", "rejected": "no"}, CHAT[1:2], "two"),
-        ({"chosen": CHAT, "rejected": [*CHAT[:-1], {**CHAT[-1], "content": "no"}]}, CHAT[:-1], "four"),
-        ({"real": CHAT, "generated": CHAT}, CHAT[:-1], "four"),
-    ],
-)
-def test_any_chats_become_spin_s_format(row, history, real, tmp_path):
-    source = chat_source(str(write(tmp_path / "in.jsonl", [row])), validation_fraction=0.0)
-    reformat(source, tmp_path / "out", tests=False)
-    empty = {"role": "assistant", "content": ""}
-    (line,) = lines(tmp_path / "out" / "train.jsonl")
-    assert line == {"real": [*history, {**empty, "content": real}], "generated": [*history, empty]}
-    again = chat_source(str(tmp_path / "out" / "train.jsonl"), validation_fraction=0.0).load("train")
-    assert [spin_row_of(record)[1:] for record in again.records] == [(history, real, True)]
-
-
-def test_a_test_of_another_time_does_not_stay(tmp_path):
-    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(40)]
-    path, out = str(write(tmp_path / "in.jsonl", rows)), tmp_path / "out"
-    first = reformat(chat_source(path, validation_fraction=0.25), out)
-    assert first["counts"]["test"]["kept"] == len(lines(out / "test.jsonl")) > 0
-    (out / "train.txt").write_text("not SPIN's\n")
-    reformat(chat_source(path, validation_fraction=0.0), out, tests=False)
-    assert {split: len(rows) for split, rows in read_chats(out).rows.items()} == {"train": 40}
-
-
-def test_parquet_and_the_published_arguments(tmp_path, monkeypatch, capsys):
-    from datasets import Dataset
-
-    rows = [{"messages": turns(f"q {i}", f"a {i}")} for i in range(40)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "chats.parquet")
-    monkeypatch.chdir(tmp_path)
-    assert main(["spin", "reformat", "--data", "chats.parquet", "--test_fraction", "0.25"]) == 0
-    train, test = (lines(tmp_path / "formatted" / f"{split}.jsonl") for split in ("train", "test"))
-    assert len(train) + len(test) == 40
-    assert 3 < len(test) < 20
-    assert not {row["real"][0]["content"] for row in train} & {row["real"][0]["content"] for row in test}
-    assert f"train: {len(train)} chats: formatted" in capsys.readouterr().out
-
-
-def test_columns_that_are_no_chat_are_named(tmp_path):
-    path = write(tmp_path / "in.jsonl", [{"question": "one?", "reply": "two"}])
-    with pytest.raises(UserError, match=r"in.jsonl: its columns are question, reply; a chat needs messages"):
-        chat_source(str(path))
 
 
 # --- generate
@@ -237,6 +182,20 @@ def test_plain_text_has_no_template_around_it(tiny_gpt2, tmp_path, chats):
         plain.prompt(SpinRow("k", CHAT[:-1], "four"))
 
 
+def test_a_split_without_a_row_has_no_file(opponent, chats, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", [{"prompt": "q", "completion": "a"}])
+    (chats / "test.jsonl").write_text("")  # as it was once written
+    assert main(["spin", "reformat", "--data", "in.jsonl"]) == 0
+    assert [path.name for path in sorted(chats.iterdir())] == ["manifest.json", "train.jsonl"]
+    assert "no chat is left to test on, so that formatted has no test.jsonl" in capsys.readouterr().err
+    write(chats / "test.jsonl", [{"real": turns("w" * 400, "answer"), "generated": []}])
+    manifest = answered(opponent, chats, tmp_path / "out", max_prompt=40)
+    assert (manifest["counts"]["test"]["kept"], [*manifest["files"]]) == (0, ["train.jsonl"])
+    assert not (tmp_path / "out" / "shard-1-of-1" / "test.jsonl").exists()
+    assert [*convert(tmp_path / "out", tmp_path / "pairs")["files"]] == ["train.jsonl"]
+
+
 # --- convert
 
 
@@ -282,6 +241,35 @@ def resealed(folder: Path, rows: list[dict[str, Any]], **changed: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["train.jsonl"] = sha256_file(folder / "train.jsonl")
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changed}))
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_convert_killed_between_its_files_and_run_again(written, three, tmp_path, monkeypatch):
+    """What lay there of other shards is not taken for whole meanwhile."""
+    whole = convert(three, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    of_another_time = {**whole, "shards": []}
+    (tmp_path / "killed" / "manifest.json").write_text(json.dumps(of_another_time))
+    left = [written]
+
+    def dying(path: Path, text: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    merge = "trainer.pairs.self_play_merge"
+    monkeypatch.setattr(f"{merge}.write_text", dying)
+    monkeypatch.setattr(f"{merge}.write_manifest", lambda *_: dying(tmp_path / "never", ""))
+    with pytest.raises(KeyboardInterrupt):
+        convert(three, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    with pytest.raises(UserError, match="no pairs of `tandem spin convert`"):
+        SpinPairs(str(tmp_path / "killed")).load("train")
+    monkeypatch.undo()
+    assert convert(three, tmp_path / "killed") == whole
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_missing_shard_is_named(three, tmp_path):
@@ -348,8 +336,39 @@ def test_the_last_iteration_s_own_pairs_are_mixed_in(opponent, chats, tmp_path, 
     ]
     assert len(players) == sum(players.count(player) for player in known)
     assert {row["opponent"] for row in lines(tmp_path / "d2" / "test.jsonl")} == {known[0]}
-    with pytest.raises(UserError, match=r"--previous .*d2: is of the same opponent"):
+    with pytest.raises(
+        UserError, match=r"--previous .*d2: is of the same opponent .* changed no weight since"
+    ):
         convert(tmp_path / "g2", tmp_path / "d3", previous=[tmp_path / "d2"])
+
+
+def test_without_a_test_the_newest_opponent_s_answers_alone_validate(opponent, tmp_path, tiny_llama):
+    """And no prompt trains in one iteration that validates in another."""
+    write(
+        tmp_path / "formatted" / "train.jsonl",
+        [{"real": turns(f"question {i}", f"answer {i}"), "generated": []} for i in range(120)],
+    )
+    chats = tmp_path / "formatted"
+    convert(answered_into(opponent, chats, tmp_path / "g0"), tmp_path / "d0")
+    second = Opponent(PolicyConfig(str(tiny_llama), None), opponent.tokenizer)
+    convert(answered_into(second, chats, tmp_path / "g1"), tmp_path / "d1", previous=[tmp_path / "d0"])
+    rows = lines(tmp_path / "d1" / "train.jsonl")
+    newest = json.loads((tmp_path / "d1" / "manifest.json").read_text())["opponent"]["digest"][:16]
+    own = {
+        (row["real"][0]["content"], row["generated"][-1]["content"])
+        for row in rows
+        if row["opponent"] == newest
+    }
+    assert len(rows) > 1.5 * len(own)
+    source = SpinPairs(str(tmp_path / "d1"))
+    loaded = source.load("validation")
+    said = [(record.prompt[0]["content"], record.rejected[0]["content"]) for record in loaded.records]
+    assert said
+    assert {*said} <= own
+    assert loaded.counts["earlier_iterations"] > 0
+    trained = source.load("train").records
+    assert not {record.prompt[0]["content"] for record in trained} & {prompt for prompt, _ in said}
+    assert {record.rejected[0]["content"] for record in trained} - {answer for _, answer in own}, "both train"
 
 
 def answered_into(opponent: Opponent, chats: Path, output: Path) -> Path:

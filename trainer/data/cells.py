@@ -80,6 +80,39 @@ def check_answer(turns: Sequence[Message], origin: str, column: str) -> None:
         )
 
 
+def check_earlier_answers(prompt: Text, origin: str) -> None:
+    """Each of the assistant's turns in a prompt says something, where they are to be learned."""
+    turns = [] if isinstance(prompt, str) else prompt
+    for number, turn in enumerate(turns, start=1):
+        if number > 1 and turn["role"] == "assistant" and not turn["content"].strip():
+            raise EmptyCompletion(
+                f"{origin}: turn {number} is an empty answer, and scored_turns is all; give its words, set scored_turns"
+                " to last, or set empty to drop"
+            )
+
+
+def part_plain(
+    chosen: str, rejected: str, prompt_ends: str, origin: str, columns: tuple[str, str]
+) -> tuple[str, str, str] | None:
+    """Prompt and the two answers, behind the last `prompt_ends`; None where the dialogues' prompts differ.
+
+    Raises:
+        EmptyCompletion: nothing stands behind it in one of `columns`.
+    """
+    ends = [text.rfind(prompt_ends) for text in (chosen, rejected)]
+    if ends[0] < 0 or ends[0] != ends[1]:
+        return None
+    cut = ends[0] + len(prompt_ends)
+    if chosen[:cut] != rejected[:cut]:
+        return None
+    for name, answer in zip(columns, (chosen[cut:], rejected[cut:]), strict=True):
+        if not answer.strip():
+            raise EmptyCompletion(
+                f"{origin}: column {name!r} has nothing after {prompt_ends!r}; set empty to drop such rows"
+            )
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
 def part_turns(
     prompt: Text | None, chosen: Sequence[Message], rejected: Sequence[Message], origin: str, column: str
 ) -> tuple[list[Message], list[Message], list[Message]] | None:

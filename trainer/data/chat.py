@@ -51,6 +51,32 @@ def render(
     return opening, closings
 
 
+def render_turns(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], origin: str = "prompt"
+) -> list[str]:
+    """`render_prompt`'s text in pieces: up to the assistant's first turn, that turn, up to the next one, and so on.
+
+    A turn's piece is what the template adds when the turn is there, as of `render`'s completions. There are 2 n + 1
+    pieces for n turns of the assistant; one that nothing stands before is no answer, and not counted.
+
+    Raises:
+        UserError: the template renders a part of the chat otherwise when more follows, so that no place parts them.
+    """
+    answers = [n for n, turn in enumerate(prompt) if n and turn["role"] == "assistant"]
+    parts = [(end, end == n) for n in answers for end in (n, n + 1)]
+    pieces, done, before = [], "", 0
+    for end, opens in [*parts, (len(prompt), True)]:
+        text = _apply(tokenizer, prompt[:end], origin, add_generation_prompt=opens)
+        if not text.startswith(done):
+            raise UserError(
+                f"{origin}: the tokenizer's chat template renders the first {before} turns otherwise when more"
+                " follows, so that earlier answers cannot be told from what is around them; set scored_turns to last"
+            )
+        pieces.append(text[len(done) :])
+        done, before = text, end
+    return pieces
+
+
 def template_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what renders a chat: the template, and the tokens of begin and end that it may write.
 

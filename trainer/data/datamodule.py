@@ -22,7 +22,7 @@ from trainer.data.layout import concatenated, packed, prefix_shared, supervised
 from trainer.data.loader import Laid, ResumableLoader, loading
 from trainer.data.sampler import AUTO_BUDGET, StepSampler, forwards_needed, unlimited
 from trainer.data.sources import Source, Streamed, streamed
-from trainer.data.store import Kind, content, lengths, longest, write_store
+from trainer.data.store import Kind, content, lengths, longest, scored, write_store
 from trainer.data.tokenize import (
     Limits,
     TokenCounts,
@@ -211,7 +211,7 @@ class _AlignmentData(L.LightningDataModule):
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return StepSampler(
             lengths=parts.sum(1) if is_packed else (parts.shape[1] - 1) * (parts[:, 0] + parts[:, 1:].max(1)),
-            scored=parts[:, 1],
+            scored=scored(self.examples[split]),
             batch_size=batch_size,
             accumulate=accumulate,
             ranks=ranks,

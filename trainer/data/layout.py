@@ -123,8 +123,9 @@ def _pairs(rows: Rows, pairs: Sequence[TokenizedPreference], share: StepShare) -
 def supervised(
     examples: Sequence[TokenizedDemonstration], pad_token_id: int, share: StepShare
 ) -> SupervisedBatch:
-    """Demonstrations as padded rows, their completions scored."""
+    """Demonstrations as padded rows, their completions scored, and what their marks say."""
     rows = padded_rows([(example.prompt, example.completion) for example in examples], pad_token_id)
+    rows = _marked(rows, [example.marks for example in examples])
     return SupervisedBatch(rows=rows, ids=[example.id for example in examples], share=share)
 
 
@@ -133,7 +134,51 @@ def packed(
 ) -> SupervisedBatch:
     """Demonstrations back to back in one row; nothing is padded."""
     rows = packed_row([(example.prompt, (example.completion,)) for example in examples])
+    rows = _marked(rows, [example.marks for example in examples])
     return SupervisedBatch(rows=rows, ids=[example.id for example in examples], share=share)
+
+
+def _marked(rows: Rows, marks: Sequence[list[int]]) -> Rows:
+    """Rows of one completion for each prompt, whose marked prompt tokens are scored, too; see `TokenizedDemonstration`.
+
+    They stand behind the others in `scored_...`; the order makes no difference to sums.
+    """
+    if not any(marks):
+        return rows
+    time = rows.input_ids.shape[1]
+    starts = (
+        [row * time for row in range(len(marks))]
+        if rows.segments is None
+        else [segment.row * time + segment.start for segment in rows.segments]
+    )
+    where, owners = [], []
+    for number, (start, own) in enumerate(zip(starts, marks, strict=True)):
+        assert not own[:1] or not own[0], "nothing predicts a prompt's first token"
+        found = torch.tensor(own, dtype=torch.long).nonzero()[:, 0] + start
+        where.append(found)
+        owners.append(torch.full_like(found, number))
+    places = torch.cat(where)
+    return dataclasses.replace(
+        rows,
+        scored_positions=torch.cat([rows.scored_positions, places - 1]),
+        scored_tokens=torch.cat([rows.scored_tokens, rows.input_ids.flatten()[places]]),
+        scored_sequence=torch.cat([rows.scored_sequence, *owners]),
+    )
+
+
+def _marks(rows: Rows) -> list[list[int]]:
+    """The marks of packed rows' prompts, one list for each segment; empty where nothing is marked."""
+    assert rows.segments is not None
+    scored, time = rows.scored_positions.cpu(), rows.input_ids.shape[1]
+    found = []
+    for segment in rows.segments:
+        # A prompt's last token predicts the completion: what the others predict is the prompt's own.
+        first = segment.row * time + segment.start
+        own = scored[(scored >= first) & (scored < first + segment.prompt - 1)] - first + 1
+        marks = torch.zeros(segment.prompt, dtype=torch.long)
+        marks[own] = 1
+        found.append(marks.tolist() if len(own) else [])
+    return found
 
 
 # --- one layout from another --------------------------------------------------------------------------------
@@ -147,13 +192,15 @@ def separated(rows: Rows, pad_token_id: int) -> Rows:
         prompt, completions = _example(rows, segment)
         for turn, completion in enumerate(completions):
             found[turn * len(rows.segments) + number] = (prompt, completion)
-    return _moved(padded_rows(found, pad_token_id), rows.input_ids.device)
+    again, marks = padded_rows(found, pad_token_id), _marks(rows)
+    return _moved(_marked(again, marks) if any(marks) else again, rows.input_ids.device)
 
 
 def picked(rows: Rows, numbers: Sequence[int]) -> Rows:
     """Some segments of one packed row, as a packed row."""
     examples = [_example(rows, rows.segments[number]) for number in numbers]  # type: ignore[index]
-    return _moved(packed_row(examples), rows.input_ids.device)
+    marks = _marks(rows)
+    return _moved(_marked(packed_row(examples), [marks[n] for n in numbers]), rows.input_ids.device)
 
 
 def altered(rows: Rows) -> Rows:
@@ -168,7 +215,7 @@ def altered(rows: Rows) -> Rows:
     *before, (prompt, completions) = examples
     changed = [([other[i] for i in own], [[other[i] for i in each] for each in all_]) for own, all_ in before]
     changed.append((prompt, [[other[i] for i in each] for each in completions[:-1]] + completions[-1:]))
-    return _moved(packed_row(changed), rows.input_ids.device)
+    return _moved(_marked(packed_row(changed), _marks(rows)), rows.input_ids.device)
 
 
 def _example(rows: Rows, segment: Segment) -> tuple[list[int], list[list[int]]]:

@@ -15,8 +15,10 @@ from trainer.data.cells import (
     BrokenRow,
     EmptyCompletion,
     check_answer,
+    check_earlier_answers,
     digest,
     messages,
+    part_plain,
     part_turns,
     text_or_turns,
     yes_or_no,
@@ -25,7 +27,7 @@ from trainer.data.digests import Digests
 from trainer.data.files import Table, fingerprint, read_rows
 from trainer.data.lines import BrokenLine
 from trainer.data.sources import Loaded, Source, Streamed, split_share
-from trainer.schema import Demonstration, Preference, Split, Text, UserError
+from trainer.schema import Demonstration, Preference, ScoredTurns, Split, Text, UserError
 
 _VALIDATION_FRACTION = 0.05
 _LISTED = 10
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dropped:
+class Dropped:
     """Why a row gives no record: the name of its count, and what was wrong with it where that is known."""
 
     count: str
@@ -42,7 +44,7 @@ class _Dropped:
 
 _FINISHED = ("chosen_finished", "rejected_finished")
 Record = Preference | Demonstration
-_Parse = Callable[[dict[str, Any], str], Record | _Dropped]
+_Parse = Callable[[dict[str, Any], str], Record | Dropped]
 
 
 @dataclasses.dataclass
@@ -83,6 +85,7 @@ class _Rows(Source):
 
     prompt_template = None
     _known: ClassVar[tuple[str, ...]] = ()
+    _theirs: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         self._apart = self.validation_path is not None or self.validation_split is not None
@@ -102,7 +105,7 @@ class _Rows(Source):
                 )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"{self.path}: limit is {self.limit}; it should be 1 or more")
-        mapped = self.columns or {}
+        mapped = {**self._theirs, **(self.columns or {})}
         if unknown := sorted(set(mapped) - set(self._known)):
             known = ", ".join(self._known)
             raise UserError(f"{self.path}: columns maps {unknown}; only {known} can be mapped")
@@ -124,7 +127,7 @@ class _Rows(Source):
     def left_out(self, split: Split) -> Iterator[tuple[str, str]]:
         """Every row that no split has, in the file's order: where it stands, and why it was left out."""
         for origin, found in self._found(self._table(split), split):
-            if isinstance(found, _Dropped) and found.count.startswith("dropped_"):
+            if isinstance(found, Dropped) and found.count.startswith("dropped_"):
                 yield origin, found.said or found.count.removeprefix("dropped_").replace("_", " ")
 
     def fingerprint(self, split: Split) -> dict[str, str]:
@@ -175,7 +178,7 @@ class _Rows(Source):
         found = Digests()
         for origin, row in table.with_broken():
             record = self._record(row, origin, parse)
-            if not isinstance(record, _Dropped):
+            if not isinstance(record, Dropped):
                 found.add(_said_of(record))
         return found
 
@@ -185,24 +188,24 @@ class _Rows(Source):
             has = ", ".join(table.available)
             raise UserError(f"{table.name}: no column {', '.join(missing)}; its columns are: {has}")
 
-    def _record(self, row: dict[str, Any] | BrokenLine, origin: str, parse: _Parse) -> Record | _Dropped:
+    def _record(self, row: dict[str, Any] | BrokenLine, origin: str, parse: _Parse) -> Record | Dropped:
         if isinstance(row, BrokenLine):
-            return _Dropped("dropped_broken", str(row))
+            return Dropped("dropped_broken", str(row))
         try:
             return parse({name: row.get(column) for name, column in self._names.items()}, origin)
         except EmptyCompletion as error:
             if self.empty == "refuse":
                 raise
-            return _Dropped("dropped_empty", str(error))
+            return Dropped("dropped_empty", str(error))
         except BrokenRow as error:
             if self.broken == "refuse":
                 raise
-            return _Dropped("dropped_broken", str(error))
+            return Dropped("dropped_broken", str(error))
 
     def _records(self, table: Table, split: Split, counts: Counter[str]) -> Iterator[Record]:
         broken: list[str] = []
         for _, found in self._found(table, split):
-            if isinstance(found, _Dropped):
+            if isinstance(found, Dropped):
                 counts[found.count] += 1
                 if found.count == "dropped_broken" and len(broken) < _LISTED:
                     broken.append(found.said)
@@ -220,23 +223,23 @@ class _Rows(Source):
         more = f"\nand {number - len(broken)} more" if number > len(broken) else ""
         log.warning("%d broken rows are left out:\n%s%s", number, "\n".join(broken), more)
 
-    def _found(self, table: Table, split: Split) -> Iterator[tuple[str, Record | _Dropped]]:
+    def _found(self, table: Table, split: Split) -> Iterator[tuple[str, Record | Dropped]]:
         """Where each row stands, and its record in this split, or why there is none."""
         parse = self._parser(table)
         held_out = self._prompts_held_out if self._apart and split == "train" else Digests()
         seen, kept = Digests(), 0
         for origin, row in table.with_broken():
             record = self._record(row, origin, parse)
-            if isinstance(record, _Dropped):
+            if isinstance(record, Dropped):
                 yield origin, record
             elif not self._holds(record, split):
-                yield origin, _Dropped("other_splits")
+                yield origin, Dropped("other_splits")
             elif len(held_out) and _said_of(record) in held_out:
-                yield origin, _Dropped("dropped_in_validation")
+                yield origin, Dropped("dropped_in_validation")
             elif record.id in seen:
-                yield origin, _Dropped("dropped_duplicate")
+                yield origin, Dropped("dropped_duplicate")
             elif self.limit is not None and kept == self.limit:
-                yield origin, _Dropped("dropped_over_limit")
+                yield origin, Dropped("dropped_over_limit")
             else:
                 seen.add(record.id)
                 kept += 1
@@ -276,8 +279,9 @@ class PreferenceFile(_Rows):
 
     Each is plain text or a list of messages (`role`, `content`). Without a `prompt`, the turns that chosen
     and rejected share are the prompt; rows that share none, or whose answers are not one turn, are dropped
-    and counted. For whole dialogues in plain text, `prompt_ends` says how a prompt ends. Rows with the same
-    chosen and rejected are dropped and counted, and so are repeated rows. Columns `chosen_finished` and
+    and counted. Earlier answers of a chat are not scored: chosen and rejected share them, so that nothing would change
+    in what tells the two apart. For whole dialogues in plain text, `prompt_ends` says how a prompt ends. Rows with the
+    same chosen and rejected are dropped and counted, and so are repeated rows. Columns `chosen_finished` and
     `rejected_finished`, where there are any, say whether a completion came to its end (true) or was cut (false).
 
     Args:
@@ -302,7 +306,7 @@ class PreferenceFile(_Rows):
         self._require(table, "chosen", "rejected")
         return self._parse
 
-    def _parse(self, row: dict[str, Any], origin: str) -> Preference | _Dropped:
+    def _parse(self, row: dict[str, Any], origin: str) -> Preference | Dropped:
         prompt = (
             None
             if row["prompt"] is None
@@ -327,9 +331,9 @@ class PreferenceFile(_Rows):
         else:
             parted = part_turns(prompt, chosen, rejected, origin, self._names["prompt"])
         if parted is None:
-            return _Dropped("dropped_prompts_differ")
+            return Dropped("dropped_prompts_differ")
         if parted[1] == parted[2]:
-            return _Dropped("dropped_identical")
+            return Dropped("dropped_identical")
         prompt, better, worse = parted
         ends = [yes_or_no(row[name], origin, self._names[name]) for name in _FINISHED]
         cut = [name for name, end in zip(_FINISHED, ends, strict=True) if not end]
@@ -339,19 +343,8 @@ class PreferenceFile(_Rows):
         if self.prompt_ends is None:
             name = self._names["prompt"]
             raise BrokenRow(f"{origin}: no prompt in column {name!r}; give one, messages, or set prompt_ends")
-        ends = [text.rfind(self.prompt_ends) for text in (chosen, rejected)]
-        if ends[0] < 0 or ends[0] != ends[1]:
-            return None
-        cut = ends[0] + len(self.prompt_ends)
-        if chosen[:cut] != rejected[:cut]:
-            return None
-        for name, answer in (("chosen", chosen[cut:]), ("rejected", rejected[cut:])):
-            if not answer.strip():
-                raise EmptyCompletion(
-                    f"{origin}: column {self._names[name]!r} has nothing after "
-                    f"{self.prompt_ends!r}; set empty to drop such rows"
-                )
-        return chosen[:cut], chosen[cut:], rejected[cut:]
+        columns = (self._names["chosen"], self._names["rejected"])
+        return part_plain(chosen, rejected, self.prompt_ends, origin, columns)
 
 
 @dataclasses.dataclass
@@ -361,7 +354,13 @@ class DemonstrationFile(_Rows):
     Of `messages`, the last turn, which should be the assistant's, is the completion and those before it the
     prompt. A column `finished`, where there is one, says whether a completion came to its end (true) or was cut
     (false).
+
+    Args:
+        scored_turns: which answers of a chat are learned: `last`, or `all`, which scores every turn of the assistant
+            that answers something, each up to the token that ends it, and nothing of the user's or the template's.
     """
+
+    scored_turns: ScoredTurns = "last"
 
     _known = ("prompt", "completion", "messages", "finished")
 
@@ -392,4 +391,9 @@ class DemonstrationFile(_Rows):
     def _made(self, prompt: Text, completion: Text, row: dict[str, Any], origin: str) -> Demonstration:
         finished = yes_or_no(row["finished"], origin, self._names["finished"])
         cut = [] if finished else ["finished"]
-        return Demonstration(prompt, completion, digest(prompt, completion, *cut)[:24], origin, finished)
+        key = digest(prompt, completion, *cut)[:24]
+        if not isinstance(prompt, str) and not isinstance(completion, str):
+            prompt, completion = [*prompt, *completion[:-1]], completion[-1:]
+        if self.scored_turns == "all":
+            check_earlier_answers(prompt, origin)
+        return Demonstration(prompt, completion, key, origin, finished, self.scored_turns)

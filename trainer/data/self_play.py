@@ -12,14 +12,15 @@ import json
 from collections.abc import Iterable, Mapping
 from operator import length_hint
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from trainer.data.cells import BrokenRow, check_answer, digest, messages
 from trainer.data.chat import template_identity
-from trainer.data.files import read_rows
-from trainer.data.preferences import DemonstrationFile, PreferenceFile
+from trainer.data.files import Table, read_rows
+from trainer.data.preferences import DemonstrationFile, Dropped, PreferenceFile
 from trainer.data.sources import Loaded, Source, Streamed, described
 from trainer.provenance import read_json, sha256_file, sha256_text
 from trainer.schema import Demonstration, Message, Preference, Split, Text, UserError
@@ -29,6 +30,8 @@ MANIFEST = "manifest.json"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 GENERATED, CONVERTED = "spin_generated", "spin_pairs"
 """Kinds of manifests: of a shard that `tandem spin generate` wrote, and of what `convert` made of them."""
+DIGITS = 16
+"""Of an opponent's digest, in each pair's row."""
 PLAIN = "plain"
 """Instead of a chat template's hash: prompt and answer are plain text, one behind the other."""
 _ANSWERS = ("completion", "response", "answer", "output")
@@ -82,7 +85,7 @@ def chat_source(path: str, split: str | None = None, **settings: Any) -> Source:
     names = read_rows(path, split=split, offline=offline, revision=revision).available
     settings = {"path": path, "split": split, **settings}
     if "real" in names:
-        return DemonstrationFile(columns={"messages": "real"}, **settings)
+        return SpinChats(**settings)
     if {"chosen", "rejected"} <= {*names}:
         return PreferenceFile(**settings)
     answer = next((name for name in _ANSWERS if name in names), None)
@@ -94,6 +97,21 @@ def chat_source(path: str, split: str | None = None, **settings: Any) -> Source:
         f"{path}: its columns are {', '.join(names)}; a chat needs messages, real, chosen and rejected, or prompt with"
         f" one of {', '.join(_ANSWERS)}"
     )
+
+
+@dataclasses.dataclass
+class SpinChats(DemonstrationFile):
+    """Chats in SPIN's format: `real` is the chat, and `real_finished`, where it is there, says whether it ended.
+
+    Arguments as for `DemonstrationFile`.
+    """
+
+    _theirs: ClassVar[dict[str, str]] = {"messages": "real", "finished": "real_finished"}
+
+    @override
+    def _parser(self, table: Table) -> Any:
+        self._require(table, "messages")
+        return self._parse_messages
 
 
 def spin_row_of(record: Demonstration | Preference) -> SpinRow:
@@ -135,7 +153,7 @@ class SpinPairs(Source):
 
     Training is refused where the tokenizer's chat template is not the one that the opponent answered with, and where
     the reference is not the opponent. The folder's `test.jsonl` validates, where there is one; without it, the part of
-    the prompts that `PreferenceFile` keeps.
+    the prompts that `PreferenceFile` keeps, the same in every iteration, with the newest opponent's answers alone.
 
     Args:
         path: the folder.
@@ -156,7 +174,7 @@ class SpinPairs(Source):
     def stream(self, split: Split) -> Loaded:
         """As `load`, records read as they are asked for."""
         self._check_files()
-        loaded = self._file.stream(split)
+        loaded = self._file(split).stream(split)
         if self.manifest["template"] != PLAIN:
             return loaded
         records = cast(Iterable[Preference], loaded.records)
@@ -164,7 +182,7 @@ class SpinPairs(Source):
 
     def fingerprint(self, split: Split) -> dict[str, str]:
         """SHA-256 of what `load` reads, and the template."""
-        return {**self._file.fingerprint(split), "template": str(self.manifest["template"])}
+        return {**self._file(split).fingerprint(split), "template": str(self.manifest["template"])}
 
     def describe(self) -> dict[str, Any]:
         """Settings and opponent, as plain JSON."""
@@ -215,21 +233,36 @@ class SpinPairs(Source):
             if not path.is_file() or sha256_file(path) != known:
                 raise UserError(f"{path}: is not what its {MANIFEST} says; run `tandem spin convert` again")
 
-    @functools.cached_property
-    def _file(self) -> PreferenceFile:
+    def _file(self, split: Split) -> PreferenceFile:
         files = [split_file(Path(self.path).expanduser(), split) for split in SPLITS]
         if files[0] is None:
             raise UserError(f"{self.path}: has no train.jsonl; run `tandem spin convert` again")
         finished = {f"{ours}_finished": f"{theirs}_finished" for ours, theirs in _COLUMNS.items()}
-        return PreferenceFile(
+        newest = split == "validation" and files[1] is None
+        return _Pairs(
             path=str(files[0]),
             validation_path=None if files[1] is None else str(files[1]),
             columns={**_COLUMNS, **finished},
             limit=self.limit,
+            opponent=str(self.manifest["opponent"]["digest"])[:DIGITS] if newest else None,
         )
 
 
 _COLUMNS = {"chosen": "real", "rejected": "generated"}
+
+
+@dataclasses.dataclass
+class _Pairs(PreferenceFile):
+    """Rows of one `opponent`, or of all that are mixed where it is None."""
+
+    opponent: str | None = None
+
+    _known = (*PreferenceFile._known, "opponent")  # type: ignore[assignment]
+
+    def _parse(self, row: dict[str, Any], origin: str) -> Any:
+        if self.opponent is not None and row["opponent"] != self.opponent:
+            return Dropped("earlier_iterations")
+        return super()._parse(row, origin)
 
 
 def _plain(record: Preference) -> Preference:

@@ -68,7 +68,8 @@ class Source(Protocol):
     it alone.
 
     And two that refuse, by a `UserError`, what its records were not made for: `check_tokenizer(tokenizer)` before they
-    are tokenised, `check_reference(fingerprint)` before a preference run is trained against that reference.
+    are tokenised, `check_reference(fingerprint)` before a preference run is trained or validated against that
+    reference, and before its log-probs are kept.
     """
 
     prompt_template: str | None

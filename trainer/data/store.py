@@ -1,7 +1,7 @@
 """Tokenised examples on disk, read in place: a million take no more of a process's memory than a thousand.
 
 A store is a folder of plain arrays and a `manifest.json` that is written last, with the SHA-256 of each:
-`tokens.bin` (ids, uint16 or uint32), `lengths.bin` (int32, a row for each example: prompt, then each completion),
+`tokens.bin` (ids, uint16 or uint32), `lengths.bin` (int32, a row for each example: of its parts, then tokens scored),
 `offsets.bin` (int64, an example's first token), `ids.bin` (the records' ids, UTF-8) and `id_offsets.bin`.
 """
 
@@ -23,13 +23,15 @@ from typing_extensions import override
 from trainer.provenance import read_json, sha256_file, sha256_text, write_json
 from trainer.schema import TokenizedDemonstration, TokenizedPreference, UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 Kind = Literal["preference", "demonstration"]
 _PARTS: dict[str, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
-    "demonstration": ("prompt", "completion"),
+    "demonstration": ("prompt", "completion", "marks"),
 }
+_IN_ROWS = {"preference": 3, "demonstration": 2}
+"""How many of the parts, from the first, are tokens of a row: prompt, then each completion."""
 _RECORDS = {"preference": TokenizedPreference, "demonstration": TokenizedDemonstration}
 _FILES = ("tokens.bin", "lengths.bin", "offsets.bin", "ids.bin", "id_offsets.bin")
 _TOGETHER = 256
@@ -67,8 +69,9 @@ class TokenStore(Sequence[Any]):
         self.kind: Kind = self.manifest["kind"]
         self._record, self._count = _RECORDS[self.kind], int(self.manifest["examples"])
         self._dtype = np.dtype(self.manifest["token_type"])
-        parts = len(_PARTS[self.kind])
-        self.lengths = self._mapped("lengths.bin", np.int32).reshape(self._count, parts)
+        sizes = self._mapped("lengths.bin", np.int32).reshape(self._count, len(_PARTS[self.kind]) + 1)
+        self._parts, self.scored = sizes[:, :-1], sizes[:, -1]
+        self.lengths = sizes[:, : _IN_ROWS[self.kind]]
         self._offsets = self._mapped("offsets.bin", np.int64)
         self._id_offsets = self._mapped("id_offsets.bin", np.int64)
         self._tokens, self._ids = (self._opened(name) for name in ("tokens.bin", "ids.bin"))
@@ -112,13 +115,14 @@ class TokenStore(Sequence[Any]):
         i = int(index) + (self._count if index < 0 else 0)
         if not 0 <= i < self._count:
             raise IndexError(f"{index} of {self._count} examples")
-        sizes = self.lengths[i].tolist()
+        sizes = self._parts[i].tolist()
         width = self._dtype.itemsize
         raw = self._read(self._tokens, sum(sizes) * width, int(self._offsets[i]) * width)
         tokens = np.frombuffer(raw, self._dtype).tolist()
         ends = list(itertools.accumulate(sizes, initial=0))
         parts = [tokens[start:end] for start, end in itertools.pairwise(ends)]
-        return self._record(*parts, self._id(i))
+        within = _IN_ROWS[self.kind]
+        return self._record(*parts[:within], self._id(i), *parts[within:])
 
     def _id(self, i: int) -> str:
         start, end = self._id_offsets[i : i + 2].tolist()
@@ -140,8 +144,16 @@ def lengths(examples: Sequence[Any]) -> np.ndarray:
         return examples.lengths
     if not len(examples):
         return np.zeros((0, 2), np.int32)
-    parts = _PARTS["preference" if isinstance(examples[0], TokenizedPreference) else "demonstration"]
+    kind = "preference" if isinstance(examples[0], TokenizedPreference) else "demonstration"
+    parts = _PARTS[kind][: _IN_ROWS[kind]]
     return np.array([[len(getattr(example, part)) for part in parts] for example in examples], np.int32)
+
+
+def scored(examples: Sequence[Any]) -> np.ndarray:
+    """Tokens of each example that are scored (of a pair those of the chosen), int32 [examples]."""
+    if isinstance(examples, TokenStore):
+        return examples.scored
+    return np.array([example.scored for example in examples], np.int32)
 
 
 def longest(examples: Sequence[Any]) -> int:
@@ -203,12 +215,13 @@ def write_store(
         while batch := _next(examples):
             split = [[getattr(example, part) for part in parts] for example in batch]
             sizes = np.array([[len(part) for part in example] for example in split], np.int32)
+            counted = np.array([[example.scored] for example in batch], np.int32)
             flat = [token for example in split for part in example for token in part]
             names = [ids.add(example.id) for example in batch]
             starts = tokens + np.cumsum(sizes.sum(1, dtype=np.int64)) - sizes.sum(1)
             id_starts = id_bytes + np.cumsum([len(name) for name in names]) - [len(name) for name in names]
             files["tokens.bin"].write(np.array(flat, token_type).tobytes())
-            files["lengths.bin"].write(sizes.tobytes())
+            files["lengths.bin"].write(np.hstack([sizes, counted]).tobytes())
             files["offsets.bin"].write(starts.astype(np.int64).tobytes())
             files["ids.bin"].write(b"".join(names))
             files["id_offsets.bin"].write(id_starts.astype(np.int64).tobytes())

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
 from typing import Literal, TypeVar
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from trainer.data.chat import MARK, render, render_prompt
+from trainer.data.chat import MARK, render, render_prompt, render_turns
+from trainer.data.encoding import Encoder, Tokenizer
 from trainer.schema import (
     Demonstration,
     Message,
@@ -30,9 +30,7 @@ from trainer.schema import (
 # The tokenizers library shares a batch between threads, one for each core. Processes of our own were not worth their
 # start, nor were threads: reading and checking records is the rest, and a chunk of 250 is as fast as one of 1,000.
 _CHUNK = 250
-_ANCHOR = "\n"
 
-Tokenizer = PreTrainedTokenizerBase
 R = TypeVar("R", Preference, Demonstration)
 
 
@@ -42,7 +40,8 @@ class Limits:
 
     `refuse` stops with a `UserError`; `drop` leaves the record out; `truncate` takes the oldest tokens off
     the prompt (BOS stays), down to what the longest completion leaves, and the end (with EOS) off a
-    completion that is too long alone. `max_length` None sets no limit.
+    completion that is too long alone; an earlier answer that lost its beginning is not scored. `max_length` None sets
+    no limit.
     """
 
     max_length: int | None = None
@@ -102,9 +101,8 @@ def stream_preferences(
     """As `tokenize_preferences`, a batch at a time as it is asked for."""
     counts = TokenCounts() if counts is None else counts
     fields = ("chosen", "rejected")
-    for record, prompt, (chosen, rejected) in _tokenized(
-        records, fields, tokenizer, limits or Limits(), counts
-    ):
+    found = _tokenized(records, fields, tokenizer, limits or Limits(), counts)
+    for record, prompt, _, (chosen, rejected) in found:
         if chosen == rejected:
             counts.dropped_identical += 1
             continue
@@ -118,7 +116,12 @@ def tokenize_demonstrations(
     limits: Limits | None = None,
     counts: TokenCounts | None = None,
 ) -> list[TokenizedDemonstration]:
-    """Tokenise many demonstrations, in batches; counts and raises as `tokenize_preferences` does."""
+    """Tokenise many demonstrations, in batches; counts and raises as `tokenize_preferences` does.
+
+    With `scored_turns` all, the turns of a chat are tokenised one by one, where the template parts them: each of the
+    assistant's has the tokens that it would have as the last answer. All of them up to the token that ends the turn are
+    marked. The last answer closes with EOS, as ever; earlier ones close as the template writes them.
+    """
     return list(stream_demonstrations(records, tokenizer, limits, counts))
 
 
@@ -131,16 +134,16 @@ def stream_demonstrations(
     """As `tokenize_demonstrations`, a batch at a time as it is asked for."""
     counts = TokenCounts() if counts is None else counts
     found = _tokenized(records, ("completion",), tokenizer, limits or Limits(), counts)
-    for record, prompt, (completion,) in found:
+    for record, prompt, marks, (completion,) in found:
         counts.kept += 1
-        yield TokenizedDemonstration(prompt, completion, record.id)
+        yield TokenizedDemonstration(prompt, completion, record.id, marks)
 
 
 def tokenize_prompt(prompt: Text, tokenizer: Tokenizer, origin: str = "prompt") -> list[int]:
     """Token ids of a prompt to generate from, the same as in training: BOS once, no EOS."""
     plain = isinstance(prompt, str)
     text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, origin)
-    return _Encoder(tokenizer).prompts([text], [plain], [origin])[0]
+    return Encoder(tokenizer).prompts([text], [plain], [origin])[0]
 
 
 def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[list[int]]:
@@ -151,7 +154,7 @@ def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[list
         prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, origin)
         for prompt, origin in zip(prompts, origins, strict=True)
     ]
-    return _Encoder(tokenizer).prompts(texts, plain, origins)
+    return Encoder(tokenizer).prompts(texts, plain, origins)
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
@@ -164,9 +167,9 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 def _tokenized(
     records: Iterable[R], fields: tuple[str, ...], tokenizer: Tokenizer, limits: Limits, counts: TokenCounts
-) -> Iterator[tuple[R, list[int], list[list[int]]]]:
-    """(record, prompt ids, ids of the completions in the order of `fields`) for each record that is kept."""
-    encoder = _Encoder(tokenizer)
+) -> Iterator[tuple[R, list[int], list[int], list[list[int]]]]:
+    """(record, prompt ids, their marks, ids of the completions in the order of `fields`) for each that is kept."""
+    encoder = Encoder(tokenizer)
     expected = length_hint(records) or None
     coming = iter(records)
     with tqdm(total=expected, desc="tokenising", unit="record", delay=3, leave=False) as bar:
@@ -177,7 +180,11 @@ def _tokenized(
                 for record, origin in zip(chunk, origins, strict=True)
             ]
             plain = [isinstance(record.prompt, str) for record in chunk]
-            prompts = encoder.prompts([prompt for prompt, _ in texts], plain, origins)
+            turns = [
+                _pieces(record, tokenizer, origin) for record, origin in zip(chunk, origins, strict=True)
+            ]
+            openings = [own[0] if own else opening for own, (opening, _) in zip(turns, texts, strict=True)]
+            prompts = _marked(encoder, encoder.prompts(openings, plain, origins), turns, origins)
             columns = [
                 encoder.completions(
                     [closings[i] for _, closings in texts],
@@ -188,11 +195,57 @@ def _tokenized(
                 for i, field in enumerate(fields)
             ]
             completed = [list(completions) for completions in zip(*columns, strict=True)]
-            for record, origin, prompt, completions in zip(chunk, origins, prompts, completed, strict=True):
-                fitted = _fit(prompt, completions, encoder.bos is not None, limits, counts, origin)
+            bos = encoder.bos is not None
+            for record, origin, (prompt, marks), completions in zip(
+                chunk, origins, prompts, completed, strict=True
+            ):
+                fitted = _fit(prompt, completions, bos, limits, counts, origin)
                 if fitted is not None:
-                    yield record, fitted[0], fitted[1]
+                    yield record, fitted[0], _left(marks, len(fitted[0]), bos), fitted[1]
             bar.update(len(chunk))
+
+
+def _pieces(record: Preference | Demonstration, tokenizer: Tokenizer, origin: str) -> list[str]:
+    """The turns of a prompt whose earlier answers are to be scored; none where they are not."""
+    if isinstance(record, Preference) or record.scored_turns == "last":
+        return []
+    if record.scored_turns != "all":
+        raise UserError(f"{origin}: scored_turns is {record.scored_turns!r}; it should be last or all")
+    if isinstance(record.prompt, str):
+        raise UserError(
+            f"{origin}: scored_turns is all, and the prompt is plain text, which has no turns; give messages, or set"
+            " scored_turns to last"
+        )
+    return render_turns(tokenizer, record.prompt, origin)
+
+
+def _marked(
+    encoder: Encoder, openings: list[list[int]], turns: Sequence[list[str]], origins: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """Each prompt's ids and marks: its opening, then its turns, of which every other one is an answer."""
+    encoded = iter(encoder.turns([piece for pieces in turns for piece in pieces[1:]]))
+    found = []
+    for opening, pieces, origin in zip(openings, turns, origins, strict=True):
+        prompt, marks = list(opening), [0] * len(opening)
+        for number in range(1, len(pieces)):
+            ids = next(encoded)
+            own = encoder.ended(ids, origin) if number % 2 else 0
+            prompt += ids
+            marks += [1] * own + [0] * (len(ids) - own)
+        found.append((prompt, marks if any(marks) else []))
+    return found
+
+
+def _left(marks: list[int], length: int, bos: bool) -> list[int]:
+    """The marks of a prompt that was cut to its last `length` tokens (with `bos` the first stays, too)."""
+    if not any(marks) or length == len(marks):
+        return marks
+    marks = [0, *marks[len(marks) - length + 1 :]] if bos else marks[-length:]
+    for place in range(int(bos), length):  # what is left of the answer that was cut, or lost all before it
+        if not marks[place]:
+            break
+        marks[place] = 0
+    return marks if any(marks) else []
 
 
 def _texts(record: R, fields: tuple[str, ...], tokenizer: Tokenizer, origin: str) -> tuple[str, list[str]]:
@@ -277,106 +330,3 @@ def _fit(
         counts.truncated_completions += 1
         completions = [completion[: limit - len(prompt)] for completion in completions]
     return prompt, completions
-
-
-# --- from text to ids ---------------------------------------------------------------------------------------
-
-
-class _Encoder:
-    """A tokenizer, with its special tokens put where they belong."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.bos: int | None = tokenizer.bos_token_id
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end token (eos_token)"
-            )
-        self.eos: int = tokenizer.eos_token_id
-        self._ids: dict[int, int] = {}
-        self._anchor = self._find_anchor()
-
-    def prompts(self, texts: Sequence[str], plain: Sequence[bool], origins: Sequence[str]) -> list[list[int]]:
-        """Ids that open with BOS, once, where the tokenizer has one."""
-        opened = []
-        for ids, origin in zip(self._encode_both(texts, plain, self._encode), origins, strict=True):
-            start = 0
-            while start < len(ids) and ids[start] == self.bos:
-                start += 1
-            whole = ids[start:] if self.bos is None else [self.bos, *ids[start:]]
-            if not whole:
-                raise UserError(
-                    f"{origin}: the prompt is empty and the tokenizer has no BOS; give it some text"
-                )
-            opened.append(whole)
-        return opened
-
-    def completions(
-        self, texts: Sequence[str], plain: Sequence[bool], origins: Sequence[str], finished: Sequence[bool]
-    ) -> list[list[int]]:
-        """Ids that close with EOS, once, where they are finished, and hold no BOS or EOS before."""
-        encoded = self._encode_both(texts, plain, self._encode_continuation)
-        return [self._close(*each) for each in zip(encoded, origins, finished, strict=True)]
-
-    def _close(self, ids: list[int], origin: str, finished: bool) -> list[int]:
-        end = ids.index(self.eos) if self.eos in ids else len(ids)
-        rest = ids[end:]  # templates may write EOS and a newline after it
-        if rest and str(self._tokenizer.decode(rest, skip_special_tokens=True)).strip():
-            raise UserError(
-                f"{origin}: the completion holds the end token {self._tokenizer.eos_token!r} inside its text"
-            )
-        if self.bos is not None and self.bos in ids[:end]:
-            raise UserError(
-                f"{origin}: the completion holds the start token {self._tokenizer.bos_token!r} in its text"
-            )
-        if end == 0:
-            raise UserError(
-                f"{origin}: a completion is empty once tokenised; it should hold at least one token"
-            )
-        return [*ids[:end], self.eos] if finished else ids[:end]
-
-    def _encode_both(
-        self,
-        texts: Sequence[str],
-        plain: Sequence[bool],
-        encode: Callable[[list[str], bool], list[list[int]]],
-    ) -> list[list[int]]:
-        """`encode` over plain and chat texts, one batch for each, in the order given."""
-        done: list[list[int]] = [[]] * len(texts)
-        for kind in (True, False):
-            where = [i for i, flag in enumerate(plain) if flag == kind]
-            if where:
-                for i, ids in zip(where, encode([texts[i] for i in where], kind), strict=True):
-                    done[i] = ids
-        return done
-
-    def _encode(self, texts: list[str], plain: bool) -> list[list[int]]:
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=plain,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        # One int object for each id that occurs: a big data set then takes 8 bytes a token, not 36.
-        share = self._ids.setdefault
-        return [[share(i, i) for i in ids] for ids in encoded]
-
-    def _encode_continuation(self, texts: list[str], plain: bool) -> list[list[int]]:
-        """As `_encode`, for text that follows other text: no space is put before it."""
-        if self._anchor is None:
-            return self._encode(texts, plain)
-        length = len(self._anchor)
-        encoded = self._encode([_ANCHOR + text for text in texts], plain)
-        apart = [ids[length:] if ids[:length] == self._anchor else None for ids in encoded]
-        return [
-            self._encode([text], plain)[0] if ids is None else ids
-            for text, ids in zip(texts, apart, strict=True)
-        ]
-
-    def _find_anchor(self) -> list[int] | None:
-        """Ids of a newline, where the tokenizer puts a space before all it encodes (as Llama-2's)."""
-        anchor, anchored, alone = self._encode([_ANCHOR, _ANCHOR + "x", "x"], True)
-        prefixed = bool(anchor) and anchored[: len(anchor)] == anchor and anchored[len(anchor) :] != alone
-        return anchor if prefixed else None

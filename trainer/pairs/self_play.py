@@ -61,8 +61,15 @@ real answer, cannot be tokenised again (it spells a special token)."""
 # --- chats into SPIN's format -------------------------------------------------------------------------------
 
 
-def reformat(source: Source, output: Path, tests: bool = True) -> dict[str, Any]:
+def reformat(
+    source: Source, output: Path, tests: bool = True, testing: Source | None = None
+) -> dict[str, Any]:
     """Write a source's chats as `train.jsonl` and `test.jsonl` (its validation split), `generated` empty.
+
+    A split without a chat has no file.
+
+    Args:
+        testing: the source of the test chats, where it has other settings (`limit`).
 
     Returns the manifest: counts of each split (rows, kept, dropped_<why>) and hashes of what was read and written.
 
@@ -72,7 +79,8 @@ def reformat(source: Source, output: Path, tests: bool = True) -> dict[str, Any]
     counts: dict[str, dict[str, int]] = {}
     read: dict[str, str] = {}
     for split in SPLITS if tests else SPLITS[:1]:
-        loaded = streamed(source, cast(Any, _TRAINED_ON[split]))
+        own = testing if split == "test" and testing is not None else source
+        loaded = streamed(own, cast(Any, _TRAINED_ON[split]))
         records = cast(Iterable[Demonstration | Preference], loaded.records)
         kept: Counter[str] = Counter()
         write_text(output / f"{split}.jsonl", _lines(records, kept))
@@ -81,11 +89,13 @@ def reformat(source: Source, output: Path, tests: bool = True) -> dict[str, Any]
         read |= loaded.hashes
     if not counts["train"]["kept"]:
         raise UserError(f"{output}: no chat is left to train on ({counts['train']})")
+    kept_splits = [split for split in SPLITS if counts.get(split, {}).get("kept")]
     for split in SPLITS:
-        if split not in counts:  # of another time: its chats may be among those to train on now
+        if split not in kept_splits:  # of another time: its chats may be among those to train on now
             (output / f"{split}.jsonl").unlink(missing_ok=True)
-    manifest = {"kind": "spin_chats", "counts": counts, "source": source.describe(), "read": read}
-    return write_manifest(output, manifest, [f"{split}.jsonl" for split in counts])
+    described = {"source": source.describe(), **({"testing": testing.describe()} if testing else {})}
+    manifest = {"kind": "spin_chats", "counts": counts, **described, "read": read}
+    return write_manifest(output, manifest, [f"{split}.jsonl" for split in kept_splits])
 
 
 def _lines(records: Iterable[Demonstration | Preference], counts: Counter[str]) -> Iterator[str]:
@@ -345,13 +355,16 @@ def _close(
             continue
         answers = {key: ledger.rows[key] for key in own}
         kept = [key for key, answer in answers.items() if answer["text"] is not None]
-        write_text(
-            folder / f"{split}.jsonl",
-            (
-                spin_line(own[key], answers[key]["text"], generated_finished=answers[key]["finished"])
-                for key in kept
-            ),
-        )
+        if kept:
+            write_text(
+                folder / f"{split}.jsonl",
+                (
+                    spin_line(own[key], answers[key]["text"], generated_finished=answers[key]["finished"])
+                    for key in kept
+                ),
+            )
+        else:
+            (folder / f"{split}.jsonl").unlink(missing_ok=True)
         counts[split] = {
             "rows": len(own),
             "kept": len(kept),
@@ -364,7 +377,7 @@ def _close(
             "tokens": sum(answers[key]["tokens"] for key in kept),
         }
     manifest = {"kind": GENERATED, **follows, "counts": counts}
-    return write_manifest(folder, manifest, [f"{split}.jsonl" for split in counts])
+    return write_manifest(folder, manifest, [f"{split}.jsonl" for split in counts if counts[split]["kept"]])
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any], files: Iterable[str]) -> dict[str, Any]:

@@ -16,14 +16,22 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from trainer.data.files import read_rows
-from trainer.data.self_play import CONVERTED, GENERATED, MANIFEST, SPLITS, SpinRow, spin_line, spin_row
+from trainer.data.self_play import (
+    CONVERTED,
+    DIGITS,
+    GENERATED,
+    MANIFEST,
+    SPLITS,
+    SpinRow,
+    spin_line,
+    spin_row,
+)
 from trainer.pairs.self_play import Part, write_manifest
 from trainer.provenance import read_json, sha256_file, sha256_text, write_text
 from trainer.schema import UserError
 
 _SHARED = ("template", "sampling", "max_prompt", "data", "totals")
 """What all shards have in common, beside the opponent."""
-_DIGITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +92,7 @@ def convert(
     output = Path(output_dir)
     shards = _whole(Path(input_dir), _shards(Path(input_dir)), num_fracs)
     first = shards[0].manifest
-    known = first["opponent"]["digest"][:_DIGITS]
+    known = first["opponent"]["digest"][:DIGITS]
     counts: dict[str, dict[str, int]] = {}
     likeness: dict[str, float] = {}
     mixed: list[_Pair] = []
@@ -264,7 +272,8 @@ def _earlier(folder: Path, now: dict[str, Any]) -> tuple[list[_Pair], dict[str, 
         )
     if said["opponent"]["digest"] == now["opponent"]["digest"]:
         raise UserError(
-            f"--previous {folder}: is of the same opponent; give the pairs of an earlier iteration, or leave it out"
+            f"--previous {folder}: is of the same opponent ({now['opponent']['digest'][:12]}): it holds this very"
+            " iteration's pairs, or training changed no weight since; give those of an earlier one, or leave it out"
         )
     if said["template"] != now["template"]:
         raise UserError(
@@ -272,7 +281,7 @@ def _earlier(folder: Path, now: dict[str, Any]) -> tuple[list[_Pair], dict[str, 
             f" {now['template'][:12]}); leave it out"
         )
     _check_files(folder, said)
-    opponent = said["opponent"]["digest"][:_DIGITS]
+    opponent = said["opponent"]["digest"][:DIGITS]
     own = [pair for pair in _read(folder / "train.jsonl", None) if pair.opponent == opponent]
     about = {"opponent": said["opponent"], "files": sha256_text(*sorted(said["files"].values()))}
     return own, about

@@ -35,6 +35,15 @@ class ReferenceHooks(L.LightningModule):
     @override
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._check_source()
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._check_source()
+
+    def _check_source(self) -> None:
+        """Have the source refuse a reference that its pairs were not made for."""
         source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
         if (check := getattr(source, "check_reference", None)) is not None:
             check(self._known_reference.origin["fingerprint"])

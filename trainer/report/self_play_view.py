@@ -47,10 +47,10 @@ def _number(value: float | None) -> str:
 
 def _examples(iterations: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each opponent answered to the same prompts, beside the real answer."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for told in iterations:
         for each in told.get("examples") or []:
             first = {"prompt": shown(each["prompt"]), "answers": [("real", shown(each["real"]))]}
-            known = found.setdefault(each["prompt"], first)
+            known = found.setdefault((each["prompt"], each["real"]), first)
             known["answers"].append((f"opponent {told['iteration']}", shown(each["generated"])))
     return list(found.values())
