@@ -19,6 +19,8 @@ from trainer.data.tokenize import Limits, TokenCounts, tokenize_demonstrations
 from trainer.schema import Demonstration, TokenizedDemonstration, UserError
 
 TEMPLATE = Path(__file__).resolve().parent / "chat.jinja"
+_POOL, _MEASURED = 16, 512
+"""Batches whose rows are sorted by length together; chats that a model is measured on."""
 _MARKS, _ROLES = ("<start_of_turn>", "<end_of_turn>"), ("user", "model")
 
 
@@ -85,10 +87,10 @@ def make_chat(settings: ChatSettings, output: Path) -> dict[str, Any]:
     model = generator_of(settings.shape, tokenizer)
     steps, size = settings.learning.steps, settings.learning.batch_size
     data = (
-        Answers(rows[0], steps * size, settings.seed),
-        Answers(rows[1], min(len(rows[1]), 512), settings.seed + 1),
+        Answers(rows[0], steps * size, size, settings.seed),
+        Answers(rows[1], min(len(rows[1]), _MEASURED), size, settings.seed + 1),
     )
-    loss = train(model, tokenizer, data, settings.learning, settings.seed, alike=True)["eval_loss"]
+    loss = train(model, tokenizer, data, settings.learning, settings.seed, in_order=True)["eval_loss"]
     figures = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 50)),
@@ -114,24 +116,39 @@ def _texts(each: Demonstration) -> Iterator[str]:
 class Answers:
     """Token rows with labels at the answers alone, `count` of them: a dataset for transformers' Trainer.
 
-    Item i follows from (seed, i) alone; in every len(rows) items each row comes once.
+    Item i follows from (seed, i) alone; in every len(rows) items each row comes once. Taken in their order, a batch of
+    `size` holds rows of like length, which are less to pad, and batches of all lengths follow each other at random.
     """
 
-    def __init__(self, rows: Sequence[TokenizedDemonstration], count: int, seed: int) -> None:
-        self.rows, self.count, self.seed, self.labels = rows, count, seed, None
-        self._order: tuple[int, Any] = (-1, None)
+    labels = None
+
+    def __init__(self, rows: Sequence[TokenizedDemonstration], count: int, size: int, seed: int) -> None:
+        self.rows, self.count, self.size, self.seed = rows, count, size, seed
+        self._turn, self._order = -1, np.empty(0, int)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         turn, place = divmod(index, len(self.rows))
-        if self._order[0] != turn:
-            order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self.rows))
-            self._order = (turn, order)
-        row = self.rows[int(self._order[1][place])]
+        if self._turn != turn:
+            self._turn, self._order = turn, self._ordered(turn)
+        row = self.rows[int(self._order[place])]
         prompt, answer = list(row.prompt), list(row.completion)
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    def _ordered(self, turn: int) -> Any:
+        rng = np.random.default_rng([self.seed, 0, turn])
+        order = rng.permutation(len(self.rows))
+        lengths = np.array([len(row.prompt) + len(row.completion) for row in self.rows])
+        # The permutation's pools sorted by length, cut into batches, and those of a pool shuffled.
+        batches: list[Any] = []
+        for start in range(0, len(order), _POOL * self.size):
+            pool = order[start : start + _POOL * self.size]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            found = [pool[at : at + self.size] for at in range(0, len(pool), self.size)]
+            batches += [found[i] for i in rng.permutation(len(found))]
+        return np.concatenate(batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(self.count))

@@ -219,11 +219,11 @@ def train(
     data: tuple[Any, Any],
     learning: Learning,
     seed: int,
-    alike: bool = False,
+    in_order: bool = False,
 ) -> dict[str, float]:
     """Train in place; what Trainer would leave (pickles among it) stays in a folder that goes.
 
-    `alike`: a batch holds rows of like length, which are less to pad.
+    `in_order`: the items come in the order that they have.
     """
     labelled = data[0].labels is not None
     # Trainer's figures go to stdout, which is for the result.
@@ -242,7 +242,7 @@ def train(
             save_strategy="no",
             report_to=[],
             seed=seed,
-            train_sampling_strategy="group_by_length" if alike else "random",
+            train_sampling_strategy="sequential" if in_order else "random",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )

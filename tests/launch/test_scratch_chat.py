@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -125,14 +126,27 @@ def test_marks_for_other_criteria(tmp_path: Path) -> None:
 
 def test_rows_come_from_seed_and_number_alone() -> None:
     found = [TokenizedDemonstration([1, 2], [3 + n, 9], f"r{n}") for n in range(3)]
-    first, again, other = (Answers(found, 30, seed) for seed in (1, 1, 2))
+    first, again, other = (Answers(found, 30, 2, seed) for seed in (1, 1, 2))
     items = [first[i] for i in range(30)]
-    assert items == [again[i] for i in (*range(15, 30), *range(15))][15:] + [again[i] for i in range(15, 30)]
+    assert items[15:] + items[:15] == [again[i] for i in (*range(15, 30), *range(15))]
     assert items != [other[i] for i in range(30)]
     for start in range(0, 30, 3):
         assert sorted(each["input_ids"][2] for each in items[start : start + 3]) == [3, 4, 5]
     assert items[0]["labels"][:2] == [-100, -100]
     assert items[0]["labels"][2:] == items[0]["input_ids"][2:]
+
+
+def test_batches_are_of_like_length_and_of_all_lengths() -> None:
+    found = [TokenizedDemonstration([1] * (1 + n % 40), [2], f"r{n}") for n in range(320)]
+    lengths = [len(item["input_ids"]) for item in Answers(found, 320, 8, 0)]
+    assert sorted(lengths) == sorted(2 + n % 40 for n in range(320))
+    batches = [lengths[at : at + 8] for at in range(0, 320, 8)]
+    padded = sum(8 * max(batch) for batch in batches)
+    assert padded < 1.2 * sum(lengths)
+    firsts = [batch[0] for batch in batches]
+    # Not from short to long: what comes next says nothing.
+    rises = sum(one < two for one, two in itertools.pairwise(firsts))
+    assert 10 < rises < 30
 
 
 def test_a_chat_model_answers_what_it_learned(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
