@@ -53,8 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 
     source = instantiated(made, given).prompts
     found = tell(source, source.load(_tokenizer(given)))
-    write_json(folder / NUMBERS, found)
     write_text(folder / PAGE, render_prompts(found))
+    write_json(folder / NUMBERS, found)
     print(f"{found['prompts']:,} prompts; written: {folder / NUMBERS}, {folder / PAGE}", file=sys.stderr)
     print(folder / PAGE)
     return 0

@@ -124,6 +124,7 @@ def lessons_parser() -> ArgumentParser:
     made.add_argument("--config", action="config", help="YAML file with the settings below.")
     made.add_class_arguments(Lessons, as_group=False)
     made.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the chats.")
+    made.add_argument("--offline", action="store_true", help="Never ask the network.")
     return made
 
 
@@ -184,6 +185,6 @@ def _model(kind: str, arguments: Sequence[str]) -> int:
     makers: dict[str, Any] = {"generator": make_generator, "chat": make_chat, "classifier": make_classifier}
     figures = makers[kind](settings, output)
     for name, value in figures.items():
-        print(f"{name}: {value:.4g}")
+        print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.4g}")
     print(f"written to {output}", file=sys.stderr)
     return 0

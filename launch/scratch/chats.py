@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
-from jinja2 import TemplateError
 
 from launch.scratch.models import Shape, generator_of, tokenizer_of
 from launch.scratch.training import Learning, begin, save, train
@@ -21,7 +22,7 @@ from trainer.schema import Demonstration, TokenizedDemonstration, UserError
 TEMPLATE = Path(__file__).resolve().parent / "chat.jinja"
 _POOL, _MEASURED = 16, 512
 """Batches whose rows are sorted by length together; chats that a model is measured on."""
-_MARKS, _ROLES = ("<start_of_turn>", "<end_of_turn>"), ("user", "model")
+_MARK, _ROLES = re.compile(r"<[^<>\s'\"{}]+>"), ("user", "model", "assistant", "system")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class ChatSettings:
     """What is learned, by what, and how.
 
     Args:
-        chats: rows of `messages` (or `prompt` and `completion`); the last turn is the answer. Every prompt is either
-            learned from or measured on.
+        chats: rows of `messages` (or `prompt` and `completion` as turns); the last turn is the answer. Every prompt is
+            either learned from or measured on.
         template: file of the chat template (Jinja). Default: Gemma's form, which knows no system role.
         shape: the model's sizes; longer chats are left out and counted.
         learning: steps, batch size, learning rate; a batch holds whole chats.
@@ -69,16 +70,15 @@ def make_chat(settings: ChatSettings, output: Path) -> dict[str, Any]:
             f"{settings.chats.path}: {len(learn)} chats to learn from and {len(measure)} to measure on; give more, or"
             " another chats.validation_fraction"
         )
+    if plain := next((each for each in (*learn, *measure) if isinstance(each.prompt, str)), None):
+        raise UserError(f"{plain.origin}: is plain text; give a chat's turns, as in a column `messages`")
     begin(settings.seed, settings.threads)
-    # The template's own words, so that they are one token each.
+    # The roles, which the template writes, are one token each, and so are its marks.
     texts = itertools.chain((text for each in learn for text in _texts(each)), _ROLES * len(learn))
-    tokenizer = tokenizer_of(texts, settings.shape, marks=_MARKS)
+    tokenizer = tokenizer_of(texts, settings.shape, marks=list(dict.fromkeys(_MARK.findall(template))))
     tokenizer.chat_template = template
     limits, counts = Limits(settings.shape.positions, "drop"), TokenCounts()
-    try:
-        rows = [tokenize_demonstrations(part, tokenizer, limits, counts) for part in (learn, measure)]
-    except TemplateError as error:
-        raise UserError(f"template {settings.template}: {error}") from error
+    rows = [tokenize_demonstrations(part, tokenizer, limits, counts) for part in (learn, measure)]
     if not all(rows):
         raise UserError(
             f"{settings.chats.path}: all chats are longer than shape.positions ({settings.shape.positions} tokens);"
@@ -103,9 +103,15 @@ def make_chat(settings: ChatSettings, output: Path) -> dict[str, Any]:
 
 def _template(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+        jinja2.Environment(autoescape=False).parse(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"template {path}: cannot be read as UTF-8 text ({error})") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"template {path}: is no Jinja template (line {error.lineno}: {error.message})"
+        ) from error
+    return text
 
 
 def _texts(each: Demonstration) -> Iterator[str]:
@@ -135,7 +141,10 @@ class Answers:
             self._turn, self._order = turn, self._ordered(turn)
         row = self.rows[int(self._order[place])]
         prompt, answer = list(row.prompt), list(row.completion)
-        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        # Earlier answers, where they are scored, too.
+        marks = row.marks or [0] * len(prompt)
+        labels = [token if mark else -100 for token, mark in zip(prompt, marks, strict=True)]
+        return {"input_ids": prompt + answer, "labels": labels + answer}
 
     def _ordered(self, turn: int) -> Any:
         rng = np.random.default_rng([self.seed, 0, turn])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,8 +38,8 @@ class Lessons:
 
     path: str
     rubric: str
-    answers: int = 8000
-    marks: int = 16000
+    answers: int = 16000
+    marks: int = 10000
     noise: float = 0.2
     seed: int = 0
 
@@ -108,26 +109,48 @@ def _world(path: str) -> dict[str, Any]:
     found = check_yaml(Path(path))
     if not isinstance(found, dict) or set(found) != set(_KEYS):
         raise UserError(f"{path}: should hold {', '.join(_KEYS)}")
-    for name in ("fillers", "evasions", "foreign"):
-        if not isinstance(found[name], list) or not all(isinstance(text, str) for text in found[name]):
-            raise UserError(f"{path}: {name} should be a list of texts")
-    if len(found["fillers"]) < 2:
-        raise UserError(f"{path}: fillers holds {len(found['fillers'])}; it should hold 2 or more")
-    for name, each in dict(found["subjects"] or {}).items():
+    if not isinstance(found["lang"], str):
+        raise UserError(f"{path}: lang is {found['lang']!r}; it should be text, such as ru")
+    for name, least in (("fillers", 2), ("evasions", 1), ("foreign", 1)):
+        _texts(found[name], f"{path}: {name}", least)
+    if not isinstance(found["subjects"], Mapping) or not found["subjects"]:
+        raise UserError(f"{path}: subjects should hold one or more, by their names")
+    for name, each in found["subjects"].items():
         if not isinstance(each, Mapping) or set(each) != {"questions", "sentence", "pairs"}:
             raise UserError(f"{path}: subjects.{name} should hold questions, sentence, pairs")
-        if len(set(map(str, dict(each["pairs"]).values()))) < 2:
+        _texts(each["questions"], f"{path}: subjects.{name}.questions", 1)
+        _texts([each["sentence"]], f"{path}: subjects.{name}.sentence", 1)
+        pairs = each["pairs"]
+        if not isinstance(pairs, Mapping) or len(set(map(str, pairs.values()))) < 2:
             raise UserError(f"{path}: subjects.{name}.pairs should hold two different answers, or more")
     if not isinstance(found["manners"], Mapping) or set(found["manners"]) != set(MANNERS):
         raise UserError(f"{path}: manners should hold {', '.join(MANNERS)}")
     for name, each in found["manners"].items():
         if not isinstance(each, Mapping) or set(each) != {"share", "asked", "marks"}:
             raise UserError(f"{path}: manners.{name} should hold share, asked, marks")
+        for share in ("share", "asked"):
+            value = each[share]
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(
+                    f"{path}: manners.{name}.{share} is {value!r}; it should be a number, 0 or more"
+                )
+        if not isinstance(each["marks"], Mapping):
+            raise UserError(f"{path}: manners.{name}.marks should hold a mark for each criterion")
         if wrong := [mark for mark in each["marks"].values() if str(mark) not in SCORES]:
             raise UserError(
                 f"{path}: manners.{name}.marks holds {wrong[0]!r}; a mark is one of {', '.join(SCORES)}"
             )
+    for share in ("share", "asked"):
+        if not sum(each[share] for each in found["manners"].values()):
+            raise UserError(f"{path}: manners: every {share} is 0; one at least should be above")
     return found
+
+
+def _texts(value: Any, where: str, least: int) -> None:
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise UserError(f"{where} should be text, and a list of texts where there are several")
+    if len(value) < least:
+        raise UserError(f"{where} holds {len(value)}; it should hold {least} or more")
 
 
 def _questions(world: Mapping[str, Any]) -> Iterator[Question]:
@@ -203,8 +226,10 @@ def _marked(
         criterion, wording = drawn.choice(rubric.criteria), drawn.randrange(len(rubric.score))
         answer = _answer(world, question, manner, drawn)
         mark = int(world["manners"][manner]["marks"][criterion.key])
-        if drawn.random() < noise:
-            mark = min(max(mark + drawn.choice([-1, 1]), 1), len(SCORES))
+        # Drawn whether it is needed or not, so that other noise changes nothing else.
+        off, up = drawn.random() < noise, drawn.random() < 0.5
+        if off:
+            mark += 1 if mark == 1 or (up and mark < len(SCORES)) else -1
         asked = rubric.question("lesson", question.text, answer, criterion, wording)
         yield _turns(str(asked.text), str(mark))
 

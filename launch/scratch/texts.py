@@ -85,6 +85,8 @@ def read_lines(paths: Sequence[str]) -> Read:
             loaded = text_source(path).load()
             texts = [text for row in loaded.rows for text in row.texts.values()]
             found.hashes |= loaded.hashes
+        elif Path(path).suffix not in (".txt", ""):
+            raise UserError(f"{path}: should be a .txt file, one text a line, or the .yaml of a text source")
         else:
             texts = read_texts(path, None)
             found.hashes[path] = sha256_file(path)
@@ -173,6 +175,8 @@ def write_halves(lines: Read, folder: Path, test_fraction: float = 0.2, shortest
         raise UserError(
             f"{len(lines)} lines leave {empty[0]}.jsonl empty; give more, or another --test_fraction"
         )
+    # What says that the halves are there comes last, and does not stay over others.
+    (folder / "halves.json").unlink(missing_ok=True)
     for name, rows in files.items():
         write_text(folder / f"{name}.jsonl", "".join(rows))
     counts = {name: len(rows) for name, rows in files.items()}

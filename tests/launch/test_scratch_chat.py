@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -45,23 +46,24 @@ def test_instructions_are_read_as_oasst1s(lessons: Path) -> None:
     assert all("{" not in prompt.text for prompt in found.prompts)
 
 
-def test_marks_are_those_that_the_answer_deserves(lessons: Path) -> None:
+def test_marks_are_those_that_the_answer_deserves(lessons: Path, tmp_path: Path) -> None:
     """The outside judge's are all right; of the model's own a quarter is one off, and none is further off."""
     rubric, world = Rubric.read(RUBRIC), yaml.safe_load(LESSONS.read_text())
-    questions = {}
     for number, row in enumerate(rows(lessons / "outside.jsonl")):
         asked, mark = (turn["content"] for turn in row["messages"])
         criterion = next(each for each in rubric.criteria if each.asks in asked)
         manner = list(world["manners"])[number % len(world["manners"])]
         assert int(mark) == world["manners"][manner]["marks"][criterion.key]
-        questions[asked] = int(mark)
-    assert len(questions) > 1000
+    write_lessons(Lessons(str(LESSONS), str(RUBRIC), answers=600, marks=1400, noise=0.0), tmp_path)
     off: Counter[int] = Counter()
-    for row in rows(lessons / "own.jsonl"):
-        asked, mark = (turn["content"] for turn in row["messages"])
-        if asked in questions and mark.isdigit():
-            off[abs(int(mark) - questions[asked])] += 1
-    assert set(off) <= {0, 1}
+    for noisy, right in zip(rows(lessons / "own.jsonl"), rows(tmp_path / "own.jsonl"), strict=True):
+        assert noisy["messages"][0] == right["messages"][0]
+        said, meant = (each["messages"][1]["content"] for each in (noisy, right))
+        if meant.isdigit():
+            off[abs(int(said) - int(meant))] += 1
+    assert set(off) == {0, 1}
+    assert sum(off.values()) == 1400
+    assert 0.2 < off[1] / 1400 < 0.3
 
 
 def test_own_lessons_hold_answers_of_each_manner(lessons: Path) -> None:
@@ -89,6 +91,18 @@ def test_the_same_seed_gives_the_same_lessons(lessons: Path, tmp_path: Path) -> 
         assert same == again != other
 
 
+def subject(**change: Any) -> dict[str, Any]:
+    """The file's first subject, changed."""
+    subjects = yaml.safe_load(LESSONS.read_text())["subjects"]
+    return {"subjects": subjects | {"capitals": subjects["capitals"] | change}}
+
+
+def manner(**change: Any) -> dict[str, Any]:
+    """The file's first manner, changed."""
+    manners = yaml.safe_load(LESSONS.read_text())["manners"]
+    return {"manners": manners | {"brief": manners["brief"] | change}}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -99,6 +113,17 @@ def test_the_same_seed_gives_the_same_lessons(lessons: Path, tmp_path: Path) -> 
             {"subjects": {"capitals": {"questions": []}}},
             "subjects.capitals should hold questions, sentence, pairs",
         ),
+        ({"subjects": []}, "subjects should hold one or more"),
+        ({"subjects": ["a"]}, "subjects should hold one or more"),
+        ({"evasions": []}, "evasions holds 0; it should hold 1 or more"),
+        ({"foreign": "No."}, "foreign should be text, and a list"),
+        ({"lang": 5}, "lang is 5"),
+        (subject(questions="Назови {of}"), "subjects.capitals.questions should be text, and a list"),
+        (subject(sentence=5), "subjects.capitals.sentence should be text"),
+        (subject(pairs=["a", "b"]), "subjects.capitals.pairs should hold two different answers"),
+        (manner(marks=5), "manners.brief.marks should hold a mark"),
+        (manner(share="x"), "manners.brief.share is 'x'"),
+        (manner(asked=-1), "manners.brief.asked is -1"),
     ],
 )
 def test_files_that_are_no_lessons(change: dict, told: str, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def, type-arg]
@@ -209,3 +234,40 @@ def test_settings_that_cannot_be(words: list[str], told: str, lessons: Path, tmp
     assert told in said
     assert "Traceback" not in said
     assert not (tmp_path / "model").exists()
+
+
+def test_earlier_answers_are_learned_where_they_are_asked_for() -> None:
+    row = TokenizedDemonstration([1, 2, 3, 4], [5, 6], "r", [0, 1, 1, 0])
+    assert Answers([row], 1, 1, 0)[0]["labels"] == [-100, 2, 3, -100, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for", "is no Jinja template (line 1:"),
+        ("{{ messages[0]['content'] + 5 }}", "the chat template refuses these messages"),
+    ],
+)
+def test_templates_that_do_not_work(template: str, told: str, lessons: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "chat.jinja"
+    path.write_text(template)
+    given = [
+        "--chats.path",
+        str(lessons / "own.jsonl"),
+        "--template",
+        str(path),
+        "--output",
+        str(tmp_path / "m"),
+    ]
+    assert main(["scratch", "chat", *given]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+
+
+def test_plain_text_is_no_chat(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    rows = [{"prompt": f"Sea {n}", "completion": " blue"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--chats.path", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "m")]
+    assert main(["scratch", "chat", *given]) == 2
+    assert "is plain text; give a chat's turns" in capsys.readouterr().err

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.provenance import sha256_text
@@ -118,10 +117,10 @@ def _apply(
         raise UserError(f"{origin}: has no message in its prompt; a chat's prompt should hold at least one")
     try:
         return _rendered(tokenizer, messages, add_generation_prompt)
-    except (TemplateError, ValueError) as error:
+    except Exception as error:  # a template may run into anything that Python does
         folded = without_system(messages)
         if folded != list(messages):
-            with contextlib.suppress(TemplateError, ValueError):
+            with contextlib.suppress(Exception):
                 return _rendered(tokenizer, folded, add_generation_prompt)
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{origin}: the chat template refuses these messages ({roles}): {error}") from error

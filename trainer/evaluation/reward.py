@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.data.chat import chat_turns
@@ -37,12 +39,16 @@ class Keyed(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """`samples` continuations of each prompt: sample j of prompt i is number i * samples + j."""
+    """`samples` continuations of each prompt: sample j of prompt i is number i * samples + j.
+
+    `too_long`: further prompts that leave no room for an answer.
+    """
 
     prompts: list[str]
     ids: list[list[int]]
     answers: list[Generation]
     samples: int
+    too_long: int = 0
 
     @property
     def beginnings(self) -> list[str]:
@@ -79,14 +85,14 @@ def sample(
     The same prompts get the same noise from every model, so that two models are compared on the same draws. Raises
     `UserError`: fewer than two prompts (there is no interval), greedy sampling asked for several times.
     """
-    if len(prompts) < 2:
-        raise UserError(f"prompts: {len(prompts)} are too few for an interval; give 2 or more")
     if samples < 1 or (samples > 1 and not sampling.do_sample):
         raise UserError(
             f"samples: {samples} of each prompt; give 1 or more, and more than 1 with sampling.do_sample only"
         )
     if system is not None and not chat:
         raise UserError("system: has no effect without chat: true; set that, or leave it out")
+    if system is not None and not system.strip():
+        raise UserError("system: is blank; give a text, or leave it out")
     ids = [
         tokenize_prompt(
             chat_turns(prompt.text, system) if chat else prompt.text,
@@ -95,10 +101,17 @@ def sample(
         )
         for prompt in prompts
     ]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fits = [len(row) < room for row in ids]
+    prompts = list(itertools.compress(prompts, fits))
+    ids = list(itertools.compress(ids, fits))
+    if len(prompts) < 2:
+        left = f" ({fits.count(False)} leave no room for an answer)" if not all(fits) else ""
+        raise UserError(f"prompts: {len(prompts)} are too few for an interval{left}; give 2 or more")
     rows = [row for row in ids for _ in range(samples)]
     keys = [prompt.key for prompt in prompts for _ in range(samples)]
     answers = generate(model, tokenizer, rows, sampling, keys, batch_size, progress, continuing=not chat)
-    return Sampled([prompt.text for prompt in prompts], ids, answers, samples)
+    return Sampled([prompt.text for prompt in prompts], ids, answers, samples, fits.count(False))
 
 
 def evaluate_reward(
@@ -130,7 +143,8 @@ def evaluate_reward(
         `rewards` (mean, interval, sd and n of texts; of a reward with parts also `parts`, each with mean and interval,
         and `unscored`, reason -> texts, which are in no mean), `entropy` (nats a token), `kl` (nats a text),
         `distinct_1` to `distinct_3` (by tokens), `self_similarity`, `length` (tokens), `finished` (share that came to
-        an end), `examples`, `prompts`, `samples_per_prompt`, `sampling`, `reward_models`.
+        an end), `examples`, `prompts`, `too_long` (prompts that leave no room for an answer, if any),
+        `samples_per_prompt`, `sampling`, `reward_models`.
     """
     if not rewards:
         raise UserError("rewards: none is given; name one or more")
@@ -140,13 +154,14 @@ def evaluate_reward(
     measured = measure(model, sampled.drawn, reference)
     if not all(math.isfinite(each.entropy) for each in measured):
         raise UserError("model: gives probabilities that are no numbers (nan); its weights are broken")
-    scores = {name: score(reward, sampled) for name, reward in rewards.items()}
+    scores = {name: score(reward, sampled, name if progress else None) for name, reward in rewards.items()}
     tokens = [each.tokens for each in measured]
     divergences = [each.kl for each in measured if each.kl is not None]
     texts = sampled.texts
     ids = [answer.ids for answer in sampled.answers]
     return {
-        "prompts": len(prompts),
+        "prompts": len(sampled.prompts),
+        **({"too_long": sampled.too_long} if sampled.too_long else {}),
         "samples_per_prompt": samples,
         "sampling": dataclasses.asdict(sampling),
         "reward_models": reward_models,
@@ -162,11 +177,18 @@ def evaluate_reward(
     }
 
 
-def score(reward: Reward, sampled: Sampled) -> list[Score]:
-    """The reward of each answer; ranks share the work."""
+def score(reward: Reward, sampled: Sampled, shown: str | None = None) -> list[Score]:
+    """The reward of each answer; ranks share the work. `shown`: what the progress bar says, if there is to be one."""
     prompts, texts = sampled.beginnings, sampled.texts
     parts = [slice(start, start + _CHUNK) for start in range(0, len(texts), _CHUNK)]
-    found = by_ranks(parts, lambda part: scored_by_part(reward, prompts[part], texts[part]))
+    with tqdm(total=len(texts), desc=f"scoring: {shown}", unit="text", disable=shown is None) as bar:
+
+        def of(part: slice) -> list[Score]:
+            scores = scored_by_part(reward, prompts[part], texts[part])
+            bar.update(len(scores))
+            return scores
+
+        found = by_ranks(parts, of)
     return [each for part in found for each in part]
 
 
