@@ -32,6 +32,7 @@ def _row(told: Mapping[str, Any]) -> dict[str, Any]:
         "interval": told["accuracy_interval"],
         "margin": _number(metrics.get("rewards/margins")),
         "real": _number(metrics.get("logps/chosen")),
+        "nll": _number(metrics.get("nll")),
         "generated": _number(metrics.get("logps/rejected")),
         "similarity": _number(pairs["similarity"].get("test", pairs["similarity"]["train"])),
         "pairs": f"{train['kept']:,} + {train['previous']:,}",
