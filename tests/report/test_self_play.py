@@ -18,6 +18,7 @@ def iteration(number: int, accuracy: float, interval: list[float] | None, answer
         "rewards/margins": 0.5,
         "logps/chosen": -20.0,
         "logps/rejected": -30.0,
+        "nll": 2.5,
     }
     return {
         "iteration": number,
@@ -59,10 +60,10 @@ def test_iterations_are_a_table_with_the_same_prompts_side_by_side(folder):
     told = (folder / "report.md").read_text(encoding="utf-8")
     rows = [line for line in told.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert rows[0].startswith(
-        "| 1 | 90.0\u00a0% | 85.0\u00a0% to 95.0\u00a0% | 0.5 | -20 | -30 | 0.5 | 1,200 + 0 | 111111111111 |"
+        "| 1 | 90.0\u00a0% | 85.0\u00a0% to 95.0\u00a0% | 0.5 | -20 | 2.5 | -30 | 0.5 | 1,200 + 0 | 111111111111 |"
     )
     assert rows[1].startswith(
-        "| 2 | 52.0\u00a0% | 47.0\u00a0% to 57.0\u00a0% | 0.5 | -20 | -30 | 0.5 | 1,200 + 1,100 |"
+        "| 2 | 52.0\u00a0% | 47.0\u00a0% to 57.0\u00a0% | 0.5 | -20 | 2.5 | -30 | 0.5 | 1,200 + 1,100 |"
     )
     assert "lr 5e-07, beta 0.1, 1,000 steps" in rows[0]
     assert "Ended: generated can no longer be told from real." in told
