@@ -67,4 +67,7 @@ def _tokenizer(given: Any) -> Any:
         raise UserError("--tokenizer: is empty; give a folder or hub id, or leave it out")
     from trainer.policy.load import load_tokenizer
 
-    return load_tokenizer(given.tokenizer, None, given.offline, False)
+    try:
+        return load_tokenizer(given.tokenizer, None, given.offline, False)
+    except UserError as error:
+        raise UserError(f"--tokenizer: {str(error).removeprefix('policy.base: ')}") from error

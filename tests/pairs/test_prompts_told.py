@@ -89,5 +89,7 @@ def test_prompts_cut_by_tokens_want_a_tokenizer(
     assert main(words) != 0
     assert "need a tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "page" / "prompts.html").exists()
+    assert main([*words, "--tokenizer", "/nowhere"]) == 2
+    assert "error: --tokenizer: /nowhere" in capsys.readouterr().err
     assert main([*words, "--tokenizer", str(tiny_gpt2)]) == 0
     assert json.loads((tmp_path / "page" / "prompts.json").read_text())["words"]["max"] <= 4

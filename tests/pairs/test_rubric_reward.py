@@ -152,3 +152,69 @@ def test_a_system_text_needs_a_chat(tmp_path: Path, capsys: pytest.CaptureFixtur
         evaluate_reward(
             model, tokenizer, prompts, {"r": RubricReward(Wordless())}, sampling=Sampling(), system="Кратко."
         )
+
+
+def test_a_judge_by_its_name(judge: TransformersJudge, tmp_path: Path) -> None:
+    """A folder, the .yaml of a judge, or the class: the same scores."""
+    folder = judge.model
+    file = tmp_path / "judge.yaml"
+    file.write_text(
+        f"class_path: trainer.judges.scored.TransformersJudge\ninit_args: {{model: {folder}, batch_size: 2}}\n"
+    )
+    wanted = scored(RubricReward(judge), ASKED, SAID)
+    for name in (str(folder), str(file)):
+        assert scored(RubricReward(name), ASKED, SAID) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a", "describes no judge; it should hold class_path and init_args"),
+        ("class_path: nowhere.Judge", "class_path 'nowhere.Judge' cannot be loaded"),
+        ("class_path: pathlib.Path", "class_path 'pathlib.Path' is no trainer.judges.Judge"),
+        (
+            "class_path: trainer.judges.scored.TransformersJudge\ninit_args: {modle: x}",
+            "init_args: got an unexpected keyword argument 'modle'",
+        ),
+        (None, "cannot be read"),
+    ],
+)
+def test_files_that_are_no_judge(content: str | None, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "judge.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=r"judge .*judge.yaml: ") as error:
+        RubricReward(str(file))
+    assert told in str(error.value)
+
+
+def test_the_judge_that_is_missing_is_named(judge: TransformersJudge) -> None:
+    rewards = {"self": RubricReward(judge), "outside": RubricReward("/nowhere")}
+    prompts = [Prompt(f"k{n}", text) for n, text in enumerate(ASKED)]
+    with pytest.raises(UserError, match=r"^rewards.outside: judge.model: /nowhere"):
+        evaluate_reward(None, None, prompts, rewards, sampling=Sampling())  # type: ignore[arg-type]
+
+
+def test_a_judge_that_would_not_have_said_a_digit(caplog: pytest.LogCaptureFixture) -> None:
+    class Absent(Wordless):
+        def choose(self, questions: list[Question]):  # type: ignore[no-untyped-def]
+            yield [
+                Choice(each.key, "3", probabilities=(0.2, 0.2, 0.2, 0.2, 0.2), mass=0.01)
+                for each in questions
+            ]
+
+    assert RubricReward(Absent())(ASKED, SAID) == pytest.approx([3.0] * 3)
+    assert "the digits hold 1.0 % of" in caplog.text
+
+
+def test_prompts_that_leave_no_room_are_counted(judge: TransformersJudge) -> None:
+    model, tokenizer = (
+        load_frozen(PolicyConfig(str(judge.model), adapter=None)),
+        load_tokenizer(str(judge.model)),
+    )
+    prompts = [Prompt(f"k{n}", text) for n, text in enumerate([*ASKED, "a" * 5000])]
+    rewards = {"length": lambda asked, said: [float(len(text)) for text in said]}
+    found = evaluate_reward(
+        model, tokenizer, prompts, rewards, sampling=Sampling(max_new_tokens=2), chat=True
+    )  # type: ignore[arg-type]
+    assert (found["prompts"], found["too_long"]) == (3, 1)

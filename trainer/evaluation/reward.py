@@ -149,7 +149,7 @@ def evaluate_reward(
     if not rewards:
         raise UserError("rewards: none is given; name one or more")
     # Before anything is sampled: a reward that is not there is told at once.
-    reward_models = {name: described(reward) for name, reward in rewards.items()}
+    reward_models = {name: _described(name, reward) for name, reward in rewards.items()}
     sampled = sample(model, tokenizer, prompts, sampling, samples, batch_size, progress, chat, system)
     measured = measure(model, sampled.drawn, reference)
     if not all(math.isfinite(each.entropy) for each in measured):
@@ -175,6 +175,13 @@ def evaluate_reward(
         "finished": sum(answer.finished for answer in sampled.answers) / len(texts),
         "examples": _examples(sampled, scores, examples),
     }
+
+
+def _described(name: str, reward: Reward) -> dict[str, Any]:
+    try:
+        return described(reward)
+    except UserError as error:
+        raise UserError(f"rewards.{name}: {error}") from error
 
 
 def score(reward: Reward, sampled: Sampled, shown: str | None = None) -> list[Score]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -96,7 +97,8 @@ class TransformersJudge(Judge):
                 yield [_too_long(each, room) for each in long] + (self._scored(fits, ways) if fits else [])
 
     def describe(self) -> dict[str, Any]:
-        weights = fingerprint(self._config)
+        with _as_judges():
+            weights = fingerprint(self._config)
         start = weights["start"] and weights["start"]["files"]
         settings = {name: self._settings[name] for name in ("dtype", "revision")}
         digests = {"base": weights["base"]["digest"], "adapter": start}
@@ -147,8 +149,9 @@ class TransformersJudge(Judge):
     def _tokenizer(self) -> Any:
         if self._loaded is not None:
             return self._loaded()[1]
-        config = self._config
-        return load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
+        with _as_judges():
+            config = self._config
+            return load_tokenizer(config.base, config.revision, config.offline, config.trust_remote_code)
 
     @functools.cached_property
     def _policy(self) -> Any:
@@ -167,6 +170,18 @@ class TransformersJudge(Judge):
     @property
     def _positions(self) -> int:
         return getattr(self._policy.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+@contextlib.contextmanager
+def _as_judges() -> Iterator[None]:
+    """What is said of a policy's base, of the judge's model."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        if not said.startswith("policy.base:"):
+            raise
+        raise UserError(f"judge.model:{said.removeprefix('policy.base:')}") from error
 
 
 class _Asked(NamedTuple):
