@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.report.texts import shown
+from trainer.report.texts import number, shown
 
 _DIGITS = 12
 
@@ -21,6 +21,25 @@ def self_play_view(lineages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
         }
         for name, lineage in lineages.items()
     ]
+
+
+def headline(lineages: Mapping[str, Mapping[str, Any]]) -> str:
+    """How often each loop's last player told real from generated answers, and how likely the real ones have become."""
+    return "\n".join(filter(None, (_one_headline(lineage, name) for name, lineage in lineages.items())))
+
+
+def _one_headline(lineage: Mapping[str, Any], name: str) -> str:
+    iterations = lineage["iterations"]
+    if not iterations:
+        return ""
+    first, last = (iterations[place]["validation"] for place in (0, -1))
+    told = f"{name}: {len(iterations)} iteration{'s' * (len(iterations) != 1)} of self-play"
+    accuracy = last.get("rewards/accuracies")
+    if accuracy is not None:
+        told += f", reward accuracy {100 * accuracy:.1f}\u00a0% at the last one"
+    if first.get("nll") is not None and last.get("nll") is not None:
+        told += f"; real answers at {number(first['nll'], 3)} nats a token after the first, {number(last['nll'], 3)} now"
+    return told + "."
 
 
 def _row(told: Mapping[str, Any]) -> dict[str, Any]:

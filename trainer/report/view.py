@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.data.homoglyphs import language, marked
-from trainer.report import reward_view, win_rate_view
+from trainer.report import reward_view, self_play_view, win_rate_view
 from trainer.report.pairs_view import headline as pairs_headline
 from trainer.report.pairs_view import pairs_view
 from trainer.report.runs import describe, machine, provenance
-from trainer.report.self_play_view import self_play_view
 from trainer.report.texts import facts, kept, readable
 
 Report = Mapping[str, Any]
@@ -103,7 +102,7 @@ def view(report: Report) -> dict[str, Any]:
         "published": _published_rates(report, stages),
         "rewards": reward_view.reward_view(report.get("rewards") or {}, called),
         "win_rates": win_rate_view.win_rate_view(report.get("win_rates") or {}, called),
-        "self_play": self_play_view(report.get("self_play") or {}),
+        "self_play": self_play_view.self_play_view(report.get("self_play") or {}),
         "pairs": [pairs_view(each, name) for name, each in _pairs(report).items()],
         "made": [_made(report, name, made) for name, made in (report.get("made") or {}).items() if made],
         "examples": pieces[: 2 * EXAMPLES],
@@ -152,6 +151,7 @@ def headline(report: Report) -> str:
         _letters_headline(report),
         reward_view.headline(report.get("rewards") or {}, called),
         win_rate_view.headline(report.get("win_rates") or {}, called),
+        self_play_view.headline(report.get("self_play") or {}),
     ]
     if any(told):
         return "\n".join(filter(None, told))
