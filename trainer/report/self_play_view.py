@@ -38,7 +38,8 @@ def _one_headline(lineage: Mapping[str, Any], name: str) -> str:
     if accuracy is not None:
         told += f", reward accuracy {100 * accuracy:.1f}\u00a0% at the last one"
     if first.get("nll") is not None and last.get("nll") is not None:
-        told += f"; real answers at {number(first['nll'], 3)} nats a token after the first, {number(last['nll'], 3)} now"
+        before, now = number(first["nll"], 3), number(last["nll"], 3)
+        told += f"; real answers at {before} nats a token after the first, {now} now"
     return told + "."
 
 
