@@ -66,11 +66,10 @@ def test_iterations_are_a_table_with_the_same_prompts_side_by_side(folder):
         "| 2 | 52.0\u00a0% | 47.0\u00a0% to 57.0\u00a0% | 0.5 | -20 | 2.5 | -30 | 0.5 | 1,200 + 1,100 |"
     )
     assert "lr 5e-07, beta 0.1, 1,000 steps" in rows[0]
-    assert (
-    headline = "spin: 2 iterations of self-play, reward accuracy 52.0\u00a0% at the last one; real answers at 2.500"
-    assert headline in told
-        in told
+    headline = (
+        "spin: 2 iterations of self-play, reward accuracy 52.0\u00a0% at the last one; real answers at 2.500"
     )
+    assert headline in told
     assert "Ended: generated can no longer be told from real." in told
     assert told.count("- real: because") == 1
     assert told.index("- opponent 1: first") < told.index("- opponent 2: second")
