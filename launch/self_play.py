@@ -7,7 +7,7 @@ is the newest adapter.
 
 from __future__ import annotations
 
-import shutil
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,18 +17,21 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from launch.commands.parsing import command_parser, parsed
+from launch.errors import check_yaml
 from launch.recipe import locked, run_step, say, state
-from launch.self_play_lineage import LAST, line, told, told_before, write
+from launch.self_play_lineage import LAST, LINEAGE, line, told, told_before, write
 from launch.self_play_steps import Loop
 from launch.stages import Step, fingerprint, recorded
 from trainer.data.self_play import opponent_of
 from trainer.policy.folders import point, resolve
 from trainer.policy.load import PolicyConfig, load_tokenizer
 from trainer.policy.load import fingerprint as weights_of
-from trainer.provenance import read_json
+from trainer.provenance import read_json, write_json
 from trainer.schema import UserError
 
 _STALE = ".stale"
+_COST = ("batch_size", "threads", "device", "sharded")
+"""Settings of a generation that change no answer."""
 
 
 def parser() -> ArgumentParser:
@@ -171,6 +174,10 @@ def _run(loop: Loop) -> int:
 
     def settle(ended: str | None = None) -> None:
         nonlocal standing
+        if not lineage:  # the first adapter is to be made: nothing that is there follows from it
+            for name in (LINEAGE, LAST):
+                (loop.root / name).unlink(missing_ok=True)
+            return
         if standing != len(lineage) or ended:
             standing = len(lineage)
             write(loop, lineage, ended)
@@ -244,6 +251,8 @@ def _do(
     if step.command == ("spin", "generate"):
         _put_stale_aside(step, loop, iteration)
     say(f"{step.name}: {reason}\n  tandem {step.shown}")
+    if step.command == ("spin", "generate"):
+        write_json(_asked_file(step), _asked(loop))
     ranks = loop.given.ranks if step.name.startswith("generate") else 1
     status, _ = run_step(step, force, loop.given.offline, ranks, kept)
     if status:
@@ -261,16 +270,29 @@ def _put_stale_aside(step: Step, loop: Loop, iteration: int) -> None:
         return
     now, start = fingerprint(step), loop.start(iteration)
     differing = {name for name, known in before["hashes"].items() if now.get(name) != known}
+    asked = _asked_file(step)
+    if asked.is_file() and read_json(asked) == _asked(loop):
+        differing.discard(str(loop.given.generate))
     opponent = opponent_of(weights_of(loop.opponent(iteration)))["digest"]
     if not differing - {"code", start} and read_json(settings)["opponent"]["digest"] == opponent:
         return
     _put_aside(loop, step.folder, step.name)
 
 
+def _asked(loop: Loop) -> dict[str, Any]:
+    """The settings of the generation that answers follow from; how many go together, and where, changes none."""
+    settings = check_yaml(Path(loop.given.generate)) if loop.given.generate else {}
+    return {name: value for name, value in settings.items() if name not in _COST}
+
+
+def _asked_file(step: Step) -> Path:
+    return step.record.with_name(f"{step.name}.asked.json")
+
+
 def _put_aside(loop: Loop, folder: Path, name: str) -> None:
-    """Move answers that are not those asked for now to `.stale/`."""
-    stale = loop.root / _STALE / name
-    shutil.rmtree(stale, ignore_errors=True)
+    """Move answers that are not those asked for now to `.stale/`, beside what lies there."""
+    places = (loop.root / _STALE / (f"{name}-{n}" if n else name) for n in itertools.count())
+    stale = next(place for place in places if not place.exists())
     stale.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(stale)
     print(f"tandem: answers that are not those asked for now are put aside: {stale}", file=sys.stderr)

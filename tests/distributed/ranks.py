@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_on_ranks(
-    folder: Path, ranks: int, runs: dict[str, dict[str, Any]], seconds: int = 280
+    folder: Path, ranks: int, runs: dict[str, dict[str, Any]], seconds: int = 900
 ) -> dict[str, Any]:
     """Make each of the named runs on `ranks` gloo ranks; returns what rank zero saw of each (`seen`)."""
     plan = folder / "plan.json"
@@ -37,7 +37,7 @@ def run_on_ranks(
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
 
 
-def on_ranks(module: str, plan: Path, ranks: int, seconds: int = 280) -> None:
+def on_ranks(module: str, plan: Path, ranks: int, seconds: int = 900) -> None:
     """Start `python -m module plan` on so many gloo ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

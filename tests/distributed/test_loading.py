@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3C
 from tests.distributed.ranks import on_ranks
 from tests.tiny_models import byte_tokenizer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "gpt2")
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed.ranks import made, run_on_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1000)]  # ranks on a busy machine
 
 SGD = {"name": "sgd", "lr": 0.1}
 RMSPROP = {"name": "rmsprop", "lr": 1e-3}

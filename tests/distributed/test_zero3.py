@@ -12,7 +12,7 @@ from tests.distributed.ranks import made, run_on_ranks
 from tests.tiny_models import make
 from trainer.checkpoint import verify
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1000)]  # ranks on a busy machine
 
 ADAMW = {"name": "adamw", "lr": 1e-2}
 COSINE = {"name": "cosine", "warmup_ratio": 0.1}

@@ -96,7 +96,24 @@ def test_oasst_ru_whole(instructions: Path, tmp_path: Path) -> None:
 
 def test_oasst_ru_from_scratch(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = ran("configs/oasst_ru/tiny.yaml", out, steps=60, dpo_steps=3)
+    world = yaml.safe_load((CONFIGS / "oasst_ru" / "tiny_lessons.yaml").read_text())
+    world["subjects"] = {name: world["subjects"][name] for name in ("colours", "next")}
+    for each in world["subjects"].values():
+        each["pairs"] = dict(list(each["pairs"].items())[:5])
+    lessons = tmp_path / "lessons.yaml"
+    lessons.write_text(yaml.safe_dump(world, allow_unicode=True))
+    settings = tmp_path / "pairs.yaml"
+    content = yaml.safe_load((CONFIGS / "oasst_ru" / "tiny_pairs.yaml").read_text())
+    settings.write_text(yaml.safe_dump(content | {"min_margin": 0.0}))
+    told = ran(
+        "configs/oasst_ru/tiny.yaml",
+        out,
+        pairs_settings=settings,
+        lessons=lessons,
+        steps=60,
+        judge_steps=30,
+        dpo_steps=3,
+    )
     assert "oasst_ru_tiny: finished" in told
     card = json.loads((out / "judge" / "scratch.json").read_text())
     assert card["settings"]["chats"]["path"].endswith("outside.jsonl")

@@ -62,6 +62,12 @@ def test_within_prompts_a_longer_prompt_counts_for_nothing() -> None:
     )
 
 
+def test_of_an_answer_that_came_again_the_first_score_counts() -> None:
+    """As a pair takes it: 4 against 3 is no tie, whatever the second reading of the first gave."""
+    ties = told([answer("a", 4), answer("b", 3), answer("a", 3)])["ties"]
+    assert (ties["prompts"], ties["answer_pairs"]) == (0, 0.0)
+
+
 def test_ties_are_of_different_answers() -> None:
     found = told(
         [answer("a", 4), answer("b", 4), answer("a", 4)],

@@ -176,6 +176,8 @@ def test_a_judge_by_its_name(judge: TransformersJudge, tmp_path: Path) -> None:
             "class_path: trainer.judges.scored.TransformersJudge\ninit_args: {modle: x}",
             "init_args: got an unexpected keyword argument 'modle'",
         ),
+        ("class_path: trainer.judges.Judge", "cannot be made"),
+        ("class_path: trainer.judges.scored.TransformersJudge\ninit_args: 3", "init_args is 3"),
         (None, "cannot be read"),
     ],
 )

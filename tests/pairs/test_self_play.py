@@ -14,10 +14,10 @@ from launch.cli import main
 from tests.data.tokenizers_of_kinds import KINDS
 from tests.policy.test_load import save_plain
 from trainer.data.chat import bare_answer, render, template_identity
-from trainer.data.self_play import SpinPairs, SpinRow, opponent_of
+from trainer.data.self_play import SpinPairs, SpinRow, chat_source, opponent_of
 from trainer.data.tokenize import tokenize_preferences, tokenize_prompt
 from trainer.generation import Sampling
-from trainer.pairs.self_play import Opponent, Part, generate, read_chats
+from trainer.pairs.self_play import Opponent, Part, generate, read_chats, reformat
 from trainer.pairs.self_play_merge import convert
 from trainer.policy.load import PolicyConfig, fingerprint, load_frozen, load_tokenizer, saved_policy
 from trainer.provenance import write_text
@@ -398,3 +398,31 @@ def test_files_that_changed_and_folders_that_are_no_pairs_are_refused(three, cha
         SpinPairs(str(tmp_path / "pairs")).load("train")
     with pytest.raises(UserError, match=r"formatted: no pairs of `tandem spin convert`"):
         SpinPairs(str(chats)).load("train")
+
+
+def test_chats_that_were_not_written_together_are_refused(tmp_path):
+    """A reformat that was killed between its files: the old test may hold what the new train does."""
+    rows = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "formatted"
+    reformat(chat_source(str(tmp_path / "chats.jsonl"), validation_fraction=0.3), folder)
+    assert len(read_chats(folder).rows["test"]) + len(read_chats(folder).rows["train"]) == 20
+    train = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(train + (folder / "test.jsonl").read_text())
+    with pytest.raises(
+        UserError, match=r"formatted: its files are not those of its manifest.json; run `tandem spin"
+    ):
+        read_chats(folder)
+    (folder / "manifest.json").unlink()
+    assert len(read_chats(folder).rows["train"]) == 20
+
+
+def test_chats_with_a_broken_line_may_be_dropped(tmp_path):
+    rows = [json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}) for n in range(20)]
+    (tmp_path / "chats.jsonl").write_text("\n".join([*rows[:5], '{"prompt": "cut', *rows[5:]]))
+    with pytest.raises(UserError, match=r"chats.jsonl:6: not valid JSON"):
+        chat_source(str(tmp_path / "chats.jsonl"))
+    source = chat_source(str(tmp_path / "chats.jsonl"), broken="drop", empty="drop")
+    counts = reformat(source, tmp_path / "formatted", tests=False)["counts"]["train"]
+    assert counts["dropped_broken"] == 1
+    assert counts["kept"] in (19, 20), "one may be kept to validate on"

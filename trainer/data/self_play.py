@@ -82,7 +82,8 @@ def chat_source(path: str, split: str | None = None, **settings: Any) -> Source:
         settings: other fields of `DemonstrationFile`.
     """
     offline, revision = settings.get("offline", False), settings.get("revision")
-    names = read_rows(path, split=split, offline=offline, revision=revision).available
+    tolerant = settings.get("broken") == "drop"
+    names = read_rows(path, split=split, offline=offline, revision=revision, tolerant=tolerant).available
     settings = {"path": path, "split": split, **settings}
     if "real" in names:
         return SpinChats(**settings)

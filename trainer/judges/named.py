@@ -39,11 +39,18 @@ def _described(path: str) -> Judge:
     if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
         raise UserError(f"judge {path}: describes no judge; it should hold class_path and init_args")
     kind, given = _class(path, content["class_path"]), content.get("init_args") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"judge {path}: init_args is {given!r}; it should hold settings by their names")
     try:
         inspect.signature(kind).bind(**given)
     except TypeError as error:
         raise UserError(f"judge {path}: init_args: {error}; see `{content['class_path']}`") from error
-    made: Judge = kind(**given)
+    try:
+        made: Judge = kind(**given)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"judge {path}: {content['class_path']} cannot be made ({failure(error)})") from error
     return made
 
 
@@ -51,7 +58,7 @@ def _class(path: str, name: str) -> Any:
     module, _, last = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), last)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # an import runs a user's code
         raise UserError(f"judge {path}: class_path {name!r} cannot be loaded ({failure(error)})") from error
     if not (inspect.isclass(kind) and issubclass(kind, Judge)):
         raise UserError(f"judge {path}: class_path {name!r} is no trainer.judges.Judge")

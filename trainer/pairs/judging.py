@@ -146,14 +146,7 @@ def _unread(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
     """Prompts whose answers all have one score; and of a prompt's different answers, two by two, how many have one."""
-    texts = [
-        list(
-            {
-                each["text"]: each["score"] for each in row["candidates"] if each.get("score") is not None
-            }.values()
-        )
-        for row in rows
-    ]
+    texts = [list(_first_scores(row["candidates"]).values()) for row in rows]
     comparable = [scores for scores in texts if len(scores) > 1]
     couples = [couple for scores in comparable for couple in itertools.combinations(scores, 2)]
     tied = sum(len(set(scores)) == 1 for scores in comparable)
@@ -164,6 +157,15 @@ def _ties(rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, A
         "answer_pairs": _share(a == b for a, b in couples),
         "answer_pairs_rounded": _share(_rounded(a) == _rounded(b) for a, b in couples),
     }
+
+
+def _first_scores(candidates: Sequence[Candidate]) -> dict[str, float]:
+    """The score of each different text; of one that came again, the first, as a pair takes it."""
+    found: dict[str, float] = {}
+    for each in candidates:
+        if each.get("score") is not None:
+            found.setdefault(each["text"], each["score"])
+    return found
 
 
 def _by_criterion(labelled: Sequence[Candidate], pairs: Sequence[Pair]) -> dict[str, Any]:

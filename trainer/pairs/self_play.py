@@ -125,7 +125,8 @@ def read_chats(folder: str | Path, limit: int | None = None) -> Chats:
         limit: at most so many rows of each split, the first ones.
 
     Raises:
-        UserError: no such folder or file, or a row that is not in SPIN's format.
+        UserError: no such folder or file, a row that is not in SPIN's format, or files that `reformat` did not write
+            together: a test of another time may hold what is trained on.
     """
     folder = Path(folder).expanduser()
     files = {split: split_file(folder, split) for split in SPLITS}
@@ -137,7 +138,13 @@ def read_chats(folder: str | Path, limit: int | None = None) -> Chats:
             table = read_rows(str(file), columns=["real"], optional=["real_finished"])
             found = {row.key: row for row in (spin_row(each, origin) for origin, each in table)}
             rows[split] = list(found.values())[:limit]
-    return Chats(rows, {split: sha256_file(file) for split, file in files.items() if file})
+    hashes = {split: sha256_file(file) for split, file in files.items() if file}
+    said = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    there = {file.name: hashes[split] for split, file in files.items() if file}
+    if said.get("kind") == "spin_chats" and said["files"] != there:
+        again = f"run `tandem spin reformat` again, or remove {MANIFEST} if they are meant to be so"
+        raise UserError(f"{folder}: its files are not those of its {MANIFEST}; {again}")
+    return Chats(rows, hashes)
 
 
 # --- the opponent's answers ---------------------------------------------------------------------------------
