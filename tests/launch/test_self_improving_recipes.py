@@ -127,13 +127,20 @@ def test_spin_from_scratch(tmp_path: Path) -> None:
     made = tmp_path / "lines.yaml"
     made.write_text("class_path: trainer.data.sources.GeneratedTexts\ninit_args: {count: 60}\n")
     out = tmp_path / "out"
-    names = {"lines": made, "sft_steps": 6, "steps": 3, "longer_steps": 9, "stop_confidence": "never"}
+    names = {
+        "lines": made,
+        "base_steps": 10,
+        "sft_steps": 6,
+        "steps": 3,
+        "longer_steps": 9,
+        "stop_confidence": "never",
+    }
     told = ran("configs/spin/tiny.yaml", out, **names)
     assert "spin_tiny: finished" in told
     lineage = json.loads((out / "self_play" / "lineage.json").read_text())
-    assert len(lineage["iterations"]) == 3
+    assert len(lineage["iterations"]) == 1
     longer, start = (json.loads((out / name / "manifest.json").read_text()) for name in ("sft_longer", "sft"))
-    assert (start["step"], longer["step"]) == (6, 9)
+    assert (start["step"], longer["step"]) == (6, 3)
     assert all(each["steps"] == 3 for each in lineage["iterations"])
     page = (out / "report.html").read_text()
     assert "Self-play" in page
