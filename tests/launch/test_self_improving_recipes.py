@@ -132,7 +132,8 @@ def test_spin_from_scratch(tmp_path: Path) -> None:
         "base_steps": 10,
         "sft_steps": 6,
         "steps": 3,
-        "longer_steps": 9,
+        "longer_steps": 3,
+        "iterations": 1,
         "stop_confidence": "never",
     }
     told = ran("configs/spin/tiny.yaml", out, **names)
