@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 
 from launch.scratch.models import Shape, generator_of, tokenizer_of
-from launch.scratch.training import Learning, begin, save, train
+from launch.scratch.training import Learning, begin, check_seed, save, train
 from trainer.data.preferences import DemonstrationFile
 from trainer.data.tokenize import Limits, TokenCounts, tokenize_demonstrations
 from trainer.schema import Demonstration, TokenizedDemonstration, UserError
@@ -47,10 +47,7 @@ class ChatSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed: {self.seed} is not possible; give 0 to {2**32 - 1}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads: {self.threads} is not possible; give 1 or more")
+        check_seed(self.seed, self.threads)
         if self.learning.token_dropout:
             raise UserError("learning.token_dropout: has no effect on a chat model; leave it out")
         for name in ("shortest", "longest"):

@@ -76,6 +76,14 @@ class Learning:
         return self.shortest, longest
 
 
+def check_seed(seed: int, threads: int | None) -> None:
+    """Raise `UserError` for a seed or number of threads that cannot be."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed: {seed} is not possible; give 0 to {2**32 - 1}")
+    if threads is not None and threads < 1:
+        raise UserError(f"threads: {threads} is not possible; give 1 or more")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is learned, by what, and how.
@@ -95,10 +103,7 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed: {self.seed} is not possible; give 0 to {2**32 - 1}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads: {self.threads} is not possible; give 1 or more")
+        check_seed(self.seed, self.threads)
 
 
 def make_generator(settings: Settings, output: Path) -> dict[str, Any]:

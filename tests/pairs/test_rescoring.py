@@ -102,7 +102,7 @@ def test_a_rerun_asks_what_is_missing(folder) -> None:
     kept = [json.loads(line) for line in (folder / "rescored/outside/parts/0.jsonl").read_text().splitlines()]
     assert kept
     with serving(answer) as asked:
-        with pytest.raises(UserError, match="made with other settings"):
+        with pytest.raises(UserError, match=r"made with other settings .*; give another --label, or"):
             rescore(folder, ServerJudge(asked.url, "other"), rubric)
         # The server has moved; its scores are the same.
         found = rescore(folder, ServerJudge(asked.url, "m"), rubric)

@@ -58,7 +58,11 @@ def rescore(
         "candidates": sha256_file(folder / CANDIDATES),
     }
     place = folder / FOLDER / label
-    with Ledger(place, settings) as ledger:
+    try:
+        ledger = Ledger(place, settings)
+    except UserError as error:
+        raise UserError(str(error).replace("give another folder", "give another --label")) from error
+    with ledger:
         left = set(ledger.missing(row["key"] for row in rows))
         bar = tqdm(
             total=len(rows),
