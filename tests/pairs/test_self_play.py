@@ -189,6 +189,7 @@ def test_a_split_without_a_row_has_no_file(opponent, chats, tmp_path, monkeypatc
     assert main(["spin", "reformat", "--data", "in.jsonl"]) == 0
     assert [path.name for path in sorted(chats.iterdir())] == ["manifest.json", "train.jsonl"]
     assert "no chat is left to test on, so that formatted has no test.jsonl" in capsys.readouterr().err
+    (chats / "manifest.json").unlink()  # a test of one's own
     write(chats / "test.jsonl", [{"real": turns("w" * 400, "answer"), "generated": []}])
     manifest = answered(opponent, chats, tmp_path / "out", max_prompt=40)
     assert (manifest["counts"]["test"]["kept"], [*manifest["files"]]) == (0, ["train.jsonl"])
