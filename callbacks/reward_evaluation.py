@@ -47,7 +47,7 @@ class RewardEvaluation(Callback):
         system: what stands before it; needs chat.
 
     Raises:
-        UserError: for settings that cannot work, and a prompt that leaves no room for a continuation.
+        UserError: for settings that cannot work, and fewer than two prompts that leave room for a continuation.
     """
 
     def __init__(

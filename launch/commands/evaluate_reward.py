@@ -139,7 +139,7 @@ def _reference(given: Any, ready: Any) -> Any:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The figures as people read them."""
-    told = []
+    told = [f"left out for want of room: {left:,} prompts"] if (left := result.get("too_long")) else []
     for name, each in result["rewards"].items():
         low, high = each["interval"]
         told.append(f"reward {name}: {each['mean']:.3f} ({low:.3f} to {high:.3f}), sd {each['sd']:.3f}")

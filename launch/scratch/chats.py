@@ -113,14 +113,16 @@ def _template(path: str) -> str:
 
 def _texts(each: Demonstration) -> Iterator[str]:
     for turns in (each.prompt, each.completion):
-        yield from [turns] if isinstance(turns, str) else (turn["content"] for turn in turns)
+        assert not isinstance(turns, str)
+        yield from (turn["content"] for turn in turns)
 
 
 class Answers:
     """Token rows with labels at the answers alone, `count` of them: a dataset for transformers' Trainer.
 
     Item i follows from (seed, i) alone; in every len(rows) items each row comes once. Taken in their order, a batch of
-    `size` holds rows of like length, which are less to pad, and batches of all lengths follow each other at random.
+    `size` holds rows of like length, which are less to pad, and batches of all lengths follow each other at random;
+    where len(rows) is no multiple of `size`, those of a later turn may hold rows of two lengths.
     """
 
     labels = None
