@@ -118,8 +118,7 @@ def test_a_rank_does_not_outlive_rank_zero(running):
 
 CHILD = """
 import launch.launchers as launchers, time
-launchers._GRACE_SECONDS = 0.5
-launchers.follow_parent()
+launchers.follow_parent(grace=0.5)
 print("following", flush=True)
 time.sleep(60)
 """
