@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from launch.following import follow_runner
+
 
 class Command(NamedTuple):
     """Where a command's `main(argv) -> int` lies, and what it does."""
@@ -142,6 +144,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if name == "fit" or [name, *arguments[:1]] == ["spin", "train"]:
         # Until fit's handlers are there, which takes the libraries' imports, these signals wait.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    follow_runner()
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(
             here

@@ -37,9 +37,10 @@ from launch.building import build
 from launch.children import Children, own_children
 from launch.ending import leave_together, run_to_its_end
 from launch.errors import check_yaml, config_files, describe, user_error_in
+from launch.following import follow_parent
 from launch.identity import flat, refuse_another_run
 from launch.kept import Announce, KeepConfig, resolved
-from launch.launchers import follow_parent, settle, strategy_of
+from launch.launchers import settle, strategy_of
 from launch.lease import Lease
 from launch.progress import StepProgress
 from launch.quiet import quiet

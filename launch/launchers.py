@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -23,8 +21,6 @@ from trainer.schema import UserError
 
 ZERO3 = "deepspeed_stage_3"
 """`zero3` in the fixed list of `fabric run --strategy`."""
-_PARENT = "TANDEM_PARENT"
-_GRACE_SECONDS = 10.0
 _STRATEGIES = ("auto", "ddp", "zero3")
 _CLASSES = {"DDPStrategy": "ddp", "Zero3": "zero3"}
 
@@ -268,28 +264,3 @@ def strategy_of(given: Any, rank_timeout: float) -> Any:
 
         return Zero3(timeout=rank_timeout)
     return given
-
-
-def follow_parent(grace: float = _GRACE_SECONDS) -> None:
-    """In a process that rank zero (`tandem fit --trainer.devices 2`) or torchrun has started: end with it.
-
-    So many seconds later: rank zero may have finished first, and then this process is about to.
-
-    Both watch the ranks, but nothing watches them: killed, they would leave ranks that train on or wait for ever.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(
-            target=_follow, args=(os.getppid(), grace), daemon=True, name="follow-parent"
-        ).start()
-    elif "LOCAL_RANK" not in os.environ:
-        os.environ[_PARENT] = str(os.getpid())
-    elif (parent := os.environ.get(_PARENT)) == str(os.getppid()):
-        threading.Thread(target=_follow, args=(int(parent), grace), daemon=True, name="follow-parent").start()
-
-
-def _follow(parent: int, grace: float) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(grace)
-    print("tandem: the process that started this rank is gone", file=sys.stderr, flush=True)
-    os._exit(1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import os
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from launch.commands.parsing import command_parser
+from launch.following import RUNNER
 from launch.runs import status
 from launch.stages import (
     Recipe,
@@ -230,7 +232,12 @@ def _process(command: list[str], captured: bool = False) -> tuple[int, str]:
 
     Its exit status comes back (128 + n for signal n), and if `captured` what it printed on stdout.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE if captured else None, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE if captured else None,
+        text=True,
+        env={**os.environ, RUNNER: str(os.getpid())},
+    )
     printed = ""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 

@@ -193,7 +193,7 @@ def generate(arguments: Sequence[str]) -> int:
     import torch
 
     from launch.ending import leave_together
-    from launch.launchers import follow_parent
+    from launch.following import follow_parent
 
     if (
         "TORCHELASTIC_RUN_ID" in os.environ

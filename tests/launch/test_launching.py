@@ -117,15 +117,16 @@ def test_a_rank_does_not_outlive_rank_zero(running):
 
 
 CHILD = """
-import launch.launchers as launchers, time
-launchers.follow_parent(grace=0.5)
+import time
+from launch.following import follow_parent
+follow_parent(grace=0.5)
 print("following", flush=True)
 time.sleep(60)
 """
 PARENT = f"""
 import os, subprocess, sys
-import launch.launchers as launchers
-launchers.follow_parent()
+from launch.following import follow_parent
+follow_parent()
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env={{**os.environ, "LOCAL_RANK": "1"}})
 print(child.pid, flush=True)
 child.wait()

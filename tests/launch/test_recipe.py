@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -253,22 +254,35 @@ def test_an_interrupted_fit_goes_on_where_it_was(tmp_path, tiny_llama, capfd):
     verify(out / "one" / "checkpoints" / "last")
     record = json.loads((out / "stages" / "one.stage.json").read_text())
     assert record["status"] == "interrupted"
-    # A stage that stands as interrupted, with nothing changed since, is resumed.
-    reached = json.loads((out / "one" / "manifest.json").read_text())["step"]
+    # A stage that stands as interrupted, with nothing changed since, is resumed. So is one whose runner was killed:
+    # it saves and ends by itself.
+    process = resumed(command, out / "one" / "manifest.json")
+    (stage,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=60)
+    stage.wait(60)
+    process = resumed(command, out / "one" / "manifest.json")
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    assert "one: running last time" in told
+    assert "resumed from" in told
+
+
+def resumed(command: list[str], path: Path) -> subprocess.Popen:
+    """The recipe's process, once its fit goes on from the step that it had reached."""
+    reached = json.loads(path.read_text())["step"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        manifest = json.loads((out / "one" / "manifest.json").read_text())
+        manifest = json.loads(path.read_text())
         if manifest["status"] == "running" and manifest.get("from_step"):
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, told
-    assert "resumed from" in told
     assert manifest["from_step"] in (reached, reached - 1)
+    return process
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(runner, tmp_path):
