@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typing_extensions import override
@@ -85,25 +86,35 @@ class OwnBuilder(PairBuilder):
                 del row["key"]
             if number == 2 and self.fails == "numberless":
                 texts[0]["score"] = math.nan
+            if number == 2 and self.fails == "wordy":
+                texts[0]["score"] = "good"
             yield [row]
 
     @override
     def pair(self, row: Row, counts: Counter[str]) -> Pair | None:
         if self.fails == "pair":
             raise ArithmeticError("no number")
+        if self.fails == "scoreless":
+            return Pair({"text": "b"}, row["candidates"][0])
         return Pair(row["candidates"][1], row["candidates"][0])
 
     @override
     def pair_row(self, row: Row, pair: Pair) -> dict[str, Any]:
+        if self.fails == "numpy":
+            return {**super().pair_row(row, pair), "length": np.int64(2)}
         return super().pair_row(row, pair) if self.fails != "pair_row" else {}["nothing"]
 
     @override
-    def describe(self) -> dict[str, Any]:
-        return {"class": "OwnBuilder"}
+    def describe(self) -> Any:
+        return {"class": "OwnBuilder"} if self.fails != "describe" else ["OwnBuilder"]
 
     @override
     def selection(self) -> dict[str, Any]:
         return {}
+
+    @override
+    def findings(self, rows: Sequence[Row], pairs: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
+        return {} if self.fails != "findings" else {"mean": np.float32(1)}
 
 
 def rows_kept(folder: Path) -> int:
@@ -148,6 +159,7 @@ def test_prompts_that_fail_are_named(tmp_path) -> None:
         ("rows", r"^OwnBuilder\.rows: fails \(RuntimeError: the third\)"),
         ("keyless", r"^OwnBuilder\.rows: gave .*; a list of rows is wanted"),
         ("numberless", r"^OwnBuilder\.rows: fails \(ValueError: Out of range float"),
+        ("wordy", r"^OwnBuilder\.rows: gave .*; a list of rows is wanted, .* whose scores are numbers"),
     ],
 )
 def test_a_builder_that_fails_is_named_and_other_shards_go_on(tmp_path, fails, told) -> None:
@@ -163,13 +175,24 @@ def test_a_builder_that_fails_is_named_and_other_shards_go_on(tmp_path, fails, t
     ("fails", "told"),
     [
         ("pair", r"^OwnBuilder: makes nothing of the row 'none-0' \(ArithmeticError: no number\)"),
+        (
+            "scoreless",
+            r"^OwnBuilder\.pair: gave Pair\(.*; None or a Pair is wanted, of candidates with a score",
+        ),
         ("pair_row", r"^OwnBuilder\.pair_row: fails \(KeyError: 'nothing'\)"),
+        ("numpy", r"^OwnBuilder\.pair_row: fails \(TypeError: Object of type int64"),
+        ("findings", r"^OwnBuilder\.findings: fails \(TypeError: Object of type float32"),
     ],
 )
 def test_pairs_that_a_builder_cannot_make_are_named(tmp_path, fails, told) -> None:
     with pytest.raises(UserError, match=told):
         build(OwnBuilder(fails), tmp_path / "out")
     assert rows_kept(tmp_path / "out") == 5
+
+
+def test_a_builder_that_describes_itself_by_a_list_is_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"^OwnBuilder\.describe: gave \['OwnBuilder'\]; a dict is wanted$"):
+        build(OwnBuilder("describe"), tmp_path / "out")
 
 
 def test_a_fault_of_our_own_is_not_hidden(tmp_path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from trainer.ledger import Ledger, Row
 from trainer.pairs.prompts import Prompt, Prompts
 from trainer.pairs.ranks import agreed, gathered, rank, ranks
-from trainer.pairs.users import is_users, naming, plain, rows_of
+from trainer.pairs.users import check_pair, is_users, naming, plain, rows_of
 from trainer.provenance import (
     git_revision,
     read_json,
@@ -145,7 +145,7 @@ def build(
     output, begun = Path(output), time.monotonic()
     with naming(builder, "prompts"):
         found = builder.prompts()
-    told = "".join(_line({"key": prompt.key, "prompt": prompt.text}) for prompt in found.prompts)
+        told = "".join(_line({"key": prompt.key, "prompt": prompt.text}) for prompt in found.prompts)
     follows = {**plain(builder, "describe"), "prompts": sha256_text(told)}
     speaks = rank() == 0
     with Ledger(output, follows, f"{shard.number}-of-{shard.of}.{rank()}") as ledger:
@@ -207,7 +207,7 @@ def merge(builder: PairBuilder, output: str | Path, begun: float | None = None) 
         "builder": {**follows, **plain(builder, "selection")},
         "counts": dict(counts),
         "scores": _scores(rows, [pair for _, pair in kept]),
-        **_findings(builder, rows, kept),
+        **plain(builder, "findings", rows, kept),
         "files": {name: sha256_file(output / name) for name in (PAIRS, CANDIDATES)},
     }
     return _write_manifest(output / MANIFEST, manifest, about, begun)
@@ -306,18 +306,15 @@ def _prompts_of(path: Path) -> list[Prompt]:
 
 
 def _pair_rows(builder: PairBuilder, kept: Sequence[tuple[Row, Pair]]) -> list[dict[str, Any]]:
-    with naming(builder, "pair_row"):
-        return [builder.pair_row(row, pair) for row, pair in kept]
-
-
-def _findings(builder: PairBuilder, rows: Sequence[Row], kept: Sequence[tuple[Row, Pair]]) -> dict[str, Any]:
-    with naming(builder, "findings"):
-        return builder.findings(rows, kept)
+    return [plain(builder, "pair_row", row, pair) for row, pair in kept]
 
 
 def _paired(builder: PairBuilder, row: Row, counts: Counter[str]) -> Pair | None:
     try:
-        return builder.pair(row, counts)
+        pair = builder.pair(row, counts)
+        if pair is not None:
+            check_pair(builder, pair)
+        return pair
     except UserError:
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from trainer.generation import Sampling
@@ -35,17 +36,23 @@ def is_users(thing: Any) -> bool:
 
 def generator_described(generator: Generator) -> dict[str, Any]:
     """What a generator says of itself. Raises `UserError` where a user's fails, or gives what is no plain JSON."""
-    found: dict[str, Any] = plain(generator, "describe")
-    return found
+    return plain(generator, "describe")
 
 
-def plain(thing: Any, method: str) -> Any:
-    """What a method without arguments gives, which has to be plain JSON."""
+def plain(thing: Any, method: str, *given: Any) -> dict[str, Any]:
+    """What a method gives, which has to be a dict in plain JSON."""
     with naming(thing, method):
-        found = getattr(thing, method)()
+        found: dict[str, Any] = getattr(thing, method)(*given)
         if is_users(thing):
-            json.dumps(found, allow_nan=False)
+            check_plain(thing, method, found)
     return found
+
+
+def check_plain(thing: Any, method: str, found: Any) -> None:
+    """Raises `UserError` where `found` is no dict, and what `json` raises where it is not plain."""
+    if not isinstance(found, dict):
+        raise UserError(f"{_name(thing)}.{method}: gave {_short(found)}; a dict is wanted")
+    json.dumps(found, allow_nan=False)
 
 
 def continued(
@@ -72,7 +79,7 @@ def rows_of(builder: Any, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
                 if not all(_is_row(each, keys) for each in rows):
                     raise UserError(
                         f"{_name(builder)}.rows: gave {_short(rows)}; a list of rows is wanted, each with the key of a"
-                        " prompt that was asked for and a list of candidates"
+                        " prompt that was asked for and a list of candidates, whose scores are numbers or None"
                     )
                 json.dumps(rows, allow_nan=False)
             yield rows
@@ -88,8 +95,22 @@ def _is_row(row: Any, keys: set[str]) -> bool:
         isinstance(row, Mapping)
         and row.get("key") in keys
         and isinstance(row.get("candidates"), Sequence)
-        and all(isinstance(each, Mapping) for each in row["candidates"])
+        and all(
+            isinstance(each, Mapping) and isinstance(each.get("score"), Real | None)
+            for each in row["candidates"]
+        )
     )
+
+
+def check_pair(builder: Any, pair: Any) -> None:
+    """Raises `UserError` where what a user's `pair` gave is no pair of scored candidates."""
+    sides = (getattr(pair, "chosen", None), getattr(pair, "rejected", None))
+    if is_users(builder) and not all(
+        isinstance(each, Mapping) and isinstance(each.get("score"), Real) for each in sides
+    ):
+        raise UserError(
+            f"{_name(builder)}.pair: gave {_short(pair)}; None or a Pair is wanted, of candidates with a score"
+        )
 
 
 def _name(thing: Any) -> str:
