@@ -63,7 +63,6 @@ COMMANDS = {
 }
 _PLACES = (
     errno.EROFS,
-    errno.EDQUOT,
     errno.EEXIST,
     errno.EFBIG,
     errno.EISDIR,
@@ -175,7 +174,7 @@ def explain(error: BaseException) -> str | None:
         return (
             "the accelerator is out of memory: lower data.batch_size or raise trainer.accumulate_grad_batches"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"no space is left on the disk{where}; what was saved before is untouched"
     if isinstance(error, PermissionError):

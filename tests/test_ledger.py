@@ -69,23 +69,30 @@ def test_what_is_no_row_is_named(tmp_path, line) -> None:
         Ledger(tmp_path, {})
 
 
-def test_a_full_disk_leaves_whole_rows(tmp_path) -> None:
+def test_a_full_disk_leaves_whole_rows_and_its_error_names_the_file(tmp_path) -> None:
     """A file that may not grow further stands for the full disk: the row that did not fit is not there in half."""
     code = f"""
 import resource, signal
 from trainer.ledger import Ledger
+from trainer.provenance import write_text
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 ledger = Ledger({str(tmp_path)!r}, {{}})
 ledger.add([{{"key": "1", "text": "x" * 100}}])
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
 try:
     ledger.add([{{"key": "2", "text": "y" * 500}}])
-except OSError:
-    print("full")
+except OSError as error:
+    print(error.filename)
+try:
+    write_text({str(tmp_path / "pairs.jsonl")!r}, "y" * 500)
+except OSError as error:
+    print(error.filename)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 ledger.add([{{"key": "3", "text": "z" * 500}}])
 """
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
-    assert done.stdout == "full\n", done.stderr
+    named = [str(Ledger(tmp_path, {}).own), str(tmp_path / "pairs.jsonl")]
+    assert done.stdout.splitlines() == named, done.stderr
+    assert not list(tmp_path.glob("*pairs.jsonl*"))
     assert list(Ledger(tmp_path, {}).rows) == ["1", "3"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trainer.provenance import read_json, write_json
+from trainer.provenance import naming_file, read_json, write_json
 from trainer.schema import UserError
 
 Row = dict[str, Any]
@@ -72,9 +72,10 @@ class Ledger:
         left = memoryview(text.encode("utf-8", "surrogatepass"))
         before = stream.tell()
         try:
-            while left:
-                left = left[stream.write(left) :]
-            os.fsync(stream.fileno())
+            with naming_file(self.own):
+                while left:
+                    left = left[stream.write(left) :]
+                os.fsync(stream.fileno())
         except OSError:
             # A full disk may have taken half of it: the part ends where it ended before.
             with contextlib.suppress(OSError):
