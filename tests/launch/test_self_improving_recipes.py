@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,31 @@ CONFIGS = ROOT / "configs"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+def command(recipe: str, output: Path, **names: Any) -> list[str]:
+    words = [word for name, value in names.items() for word in ("--set", f"{name}={value}")]
+    return [sys.executable, "-m", "launch", "run", recipe, "--output", str(output), *words]
+
+
 def ran(recipe: str, output: Path, **names: Any) -> str:
     """What `tandem run` prints; it has to end well."""
-    words = [word for name, value in names.items() for word in ("--set", f"{name}={value}")]
-    command = [sys.executable, "-m", "launch", "run", recipe, "--output", str(output), *words]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command(recipe, output, **names), cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return found.stdout
+
+
+def kill_once(there: Path, recipe: str, output: Path, **names: Any) -> None:
+    """Start `tandem run`; once the path is there, kill it and its stage at the same moment."""
+    with open(output.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(
+            command(recipe, output, **names), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+        while not there.exists():
+            assert process.poll() is None, Path(log.name).read_text()[-3000:]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture
@@ -95,6 +116,7 @@ def test_oasst_ru_whole(instructions: Path, tmp_path: Path) -> None:
 
 
 def test_oasst_ru_from_scratch(tmp_path: Path) -> None:
+    """Killed while it trains on its pairs; the same command makes nothing twice and goes on where it was saved."""
     out = tmp_path / "out"
     world = yaml.safe_load((CONFIGS / "oasst_ru" / "tiny_lessons.yaml").read_text())
     world["subjects"] = {name: world["subjects"][name] for name in ("colours", "next")}
@@ -105,16 +127,20 @@ def test_oasst_ru_from_scratch(tmp_path: Path) -> None:
     settings = tmp_path / "pairs.yaml"
     content = yaml.safe_load((CONFIGS / "oasst_ru" / "tiny_pairs.yaml").read_text())
     settings.write_text(yaml.safe_dump(content | {"min_margin": 0.0}))
-    told = ran(
-        "configs/oasst_ru/tiny.yaml",
-        out,
-        pairs_settings=settings,
-        lessons=lessons,
-        steps=60,
-        judge_steps=30,
-        dpo_steps=3,
-    )
+    names: dict[str, Any] = {
+        "pairs_settings": settings,
+        "lessons": lessons,
+        "steps": 60,
+        "judge_steps": 30,
+        "dpo_steps": 40,
+    }
+    kill_once(out / "dpo" / "checkpoints" / "last", "configs/oasst_ru/tiny.yaml", out, **names)
+    told = ran("configs/oasst_ru/tiny.yaml", out, **names)
     assert "oasst_ru_tiny: finished" in told
+    assert told.count("done before, skipped") == 8
+    manifest = json.loads((out / "dpo" / "manifest.json").read_text())
+    assert manifest["step"] == 40
+    assert 0 < manifest["from_step"] < 40
     card = json.loads((out / "judge" / "scratch.json").read_text())
     assert card["settings"]["chats"]["path"].endswith("outside.jsonl")
     rewards = json.loads((out / "dpo" / "reward.json").read_text())["rewards"]
