@@ -58,6 +58,7 @@ def test_what_an_arm_says_is_one_line(made, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_trl_is_measured_on_the_same_ids(made, tmp_path):
     settings = {"per_device_train_batch_size": 1, "gradient_checkpointing": False, "bf16": False}
     (tmp_path / "a").mkdir()

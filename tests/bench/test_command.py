@@ -38,6 +38,7 @@ def whole(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_whole_toy_run(whole):
     out, done = whole
     assert done.returncode == 0, done.stderr
@@ -59,6 +60,7 @@ def test_a_whole_toy_run(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_is_there_is_not_measured_again(whole, tmp_path):
     found, out = json.loads(whole[0].read_text()), tmp_path / "out.json"
     lost = found["measurements"].pop()
@@ -80,6 +82,7 @@ def test_what_is_there_is_not_measured_again(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_results_are_shown_again(whole, tmp_path, capsys):
     out, done = whole
     assert main(["--show", str(out), "--picture", str(tmp_path / "again.svg")]) == 0
@@ -88,6 +91,7 @@ def test_results_are_shown_again(whole, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_kill_leaves_no_arm_behind_and_whole_results(tmp_path):
     out = tmp_path / "out.json"
     command = [

@@ -70,6 +70,7 @@ def test_what_cannot_be_is_told_when_the_first_is_asked_for(tiny_llama) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_thousand_continuations_are_ten_times_faster_in_batches(tiny_gpt2) -> None:
     """A small GPT-2, random weights, greedy in float32 on one thread: the same tokens in less than a tenth of the time.
 

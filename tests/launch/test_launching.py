@@ -17,7 +17,7 @@ from launch.lightning_run import free_port
 from tests.launch.helpers import ROOT, fit_config
 from tests.slurm.cluster import wait_until
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.alone]
 
 BIN = Path(sys.executable).parent
 

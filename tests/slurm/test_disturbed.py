@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import STEPS, adapter
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.alone, pytest.mark.distributed]
 
 
 def states_until(cluster, number: str, condition, seconds: float = 120) -> set[str]:

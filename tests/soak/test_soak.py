@@ -15,7 +15,7 @@ import pytest
 from tests.launch.helpers import ROOT, fit_config
 from tests.soak.lost import TIMEOUT
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.alone]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
