@@ -19,7 +19,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from launch.commands.parsing import command_parser, parsed
 from launch.errors import check_yaml
 from launch.recipe import locked, run_step, say, state
-from launch.self_play_lineage import LAST, LINEAGE, line, told, told_before, write
+from launch.self_play_lineage import LAST, LINEAGE, describe, read_lineage, summary, write_lineage
 from launch.self_play_steps import Loop
 from launch.stages import Step, fingerprint, recorded
 from trainer.data.self_play import opponent_of
@@ -170,7 +170,7 @@ def _check_tokenizer(given: Namespace, first: PolicyConfig) -> None:
 def _run(loop: Loop) -> int:
     """All iterations. `last` and the lineage go back only where a later adapter really has to be made again."""
     lineage: list[dict[str, Any]] = []
-    known, standing = [_trained(each) for each in told_before(loop)], 0
+    known, standing = [_trained(each) for each in read_lineage(loop)], 0
 
     def settle(ended: str | None = None) -> None:
         nonlocal standing
@@ -180,14 +180,14 @@ def _run(loop: Loop) -> int:
             return
         if standing != len(lineage) or ended:
             standing = len(lineage)
-            write(loop, lineage, ended)
+            write_lineage(loop, lineage, ended)
             point(loop.root / LAST, resolve(loop.folder("train", standing) / "checkpoints" / "last"))
 
     for iteration in range(1, loop.given.iterations + 1):
         if status := _play(loop, iteration, settle):
             return status
-        lineage.append(told(loop, iteration))
-        say(line(lineage[-1]))
+        lineage.append(describe(loop, iteration))
+        say(summary(lineage[-1]))
         goes_on = lineage[-1]["told_apart"] and iteration < loop.given.iterations
         if not goes_on:
             break

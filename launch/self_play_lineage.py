@@ -19,18 +19,18 @@ LINEAGE, LAST = "lineage.json", "last"
 _EXAMPLES = 4
 
 
-def write(loop: Loop, lineage: list[dict[str, Any]], ended: str | None) -> None:
+def write_lineage(loop: Loop, lineage: list[dict[str, Any]], ended: str | None) -> None:
     content = {"kind": "spin_lineage", "base": loop.first.base, "iterations": lineage, "ended": ended}
     write_json(loop.root / LINEAGE, content)
 
 
-def told_before(loop: Loop) -> list[dict[str, Any]]:
-    """The iterations of a lineage that was written before."""
+def read_lineage(loop: Loop) -> list[dict[str, Any]]:
+    """The iterations as they were written before; none where none were."""
     path = loop.root / LINEAGE
     return list(read_json(path)["iterations"]) if path.is_file() else []
 
 
-def told(loop: Loop, iteration: int) -> dict[str, Any]:
+def describe(loop: Loop, iteration: int) -> dict[str, Any]:
     """What an iteration was made of, and what came of it."""
     run = read_json(loop.folder("train", iteration) / "manifest.json")
     pairs = read_json(loop.folder("convert", iteration) / "manifest.json")
@@ -95,7 +95,7 @@ def interval(accuracy: float | None, pairs: int, confidence: float | None) -> li
     return [float(found.low), float(found.high)]
 
 
-def line(of: dict[str, Any]) -> str:
+def summary(of: dict[str, Any]) -> str:
     """An iteration in a line."""
     metrics, between = of["validation"], of["accuracy_interval"]
     within = "" if between is None else f" ({between[0]:.3f} to {between[1]:.3f})"

@@ -34,8 +34,8 @@ class Loops:
         self.same_weights = False
         point = self_play.point
         monkeypatch.setattr(self_play, "run_step", self._step)
-        monkeypatch.setattr(self_play, "told", self._told)
-        monkeypatch.setattr(self_play, "line", lambda told: f"iteration {told['iteration']}")
+        monkeypatch.setattr(self_play, "describe", self._told)
+        monkeypatch.setattr(self_play, "summary", lambda told: f"iteration {told['iteration']}")
         monkeypatch.setattr(
             self_play, "point", lambda link, to: (self.pointed.append(str(to)), point(link, to))
         )
