@@ -6,6 +6,7 @@ beside what the next command starts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -43,21 +44,22 @@ def follow_parent(grace: float = _GRACE_SECONDS) -> None:
 
 
 def follow_runner() -> None:
-    """In a stage of `tandem run` or `tandem spin`: SIGTERM to this process once the runner is gone.
+    """In a stage of `tandem run` or `tandem spin`, and in its ranks: SIGTERM to this process once the runner is gone.
 
     So a fit saves what it has, and everything else ends as it does when it is told to.
     """
-    runner = os.environ.get(RUNNER)
-    if runner is not None and (runner == str(os.getppid()) or "TORCHELASTIC_RUN_ID" in os.environ):
-        # Between the runner and a rank stands torchrun, which ends its ranks when one of them is ended.
+    if runner := os.environ.get(RUNNER):
         _when_gone(int(runner), lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _when_gone(process: int, then: Callable[[], None]) -> None:
+    """Call `then` from a thread once the process has ended, whether its own parent has noticed or not."""
+
     def follow() -> None:
-        while psutil.pid_exists(process) and (os.getppid() == process) == parent:
-            time.sleep(1)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            watched = psutil.Process(process)
+            while watched.is_running() and watched.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
         then()
 
-    parent = os.getppid() == process
     threading.Thread(target=follow, daemon=True, name="follow").start()

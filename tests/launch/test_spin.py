@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -293,8 +294,8 @@ def test_all_iterations_killed_anywhere_and_run_again(ready, tiny_llama):
     assert adapter_of(ready / "killed") == adapter_of(ready / "whole")
 
 
-def killed_when(command: list[str], folder: Path, sign: str) -> None:
-    """Start it, and kill it with all its processes as soon as something is there."""
+def killed_when(command: list[str], folder: Path, sign: str, runner_only: bool = False) -> None:
+    """Start it, and kill it as soon as something is there: all its processes, or itself, whom they then follow."""
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -307,6 +308,10 @@ def killed_when(command: list[str], folder: Path, sign: str) -> None:
         while process.poll() is None and not list(folder.glob(sign)):
             time.sleep(0.02)
         assert process.poll() is None, f"it ended before there was {sign}"
+        if runner_only:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            assert not psutil.wait_procs(started, 60)[1], "a step goes on without the loop"
     finally:  # also where the test itself runs out of time
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

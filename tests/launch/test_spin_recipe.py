@@ -113,6 +113,8 @@ def test_killed_in_generate_on_two_ranks_and_in_convert(here, tiny_llama):
     more = ("--stop_confidence", "never", "--iterations", "1", "--lr", "0.01")
     run(loop(here, tiny_llama, "whole", *more), here)
     command = loop(here, tiny_llama, "killed", *more, "--ranks", "2")
+    killed_when(command, here, "killed/stages/generate-1.stage.json", runner_only=True)
+    assert not list(here.glob("killed/generate-1/*/parts/*.jsonl")), "its ranks went on without it"
     for sign in ("generate-1/*/parts/*.jsonl", "stages/convert-1.stage.json", "convert-1/train.jsonl"):
         killed_when(command, here, f"killed/{sign}")
         time.sleep(2)  # torchrun's ranks are of no group of its; they see within a second that it is gone
