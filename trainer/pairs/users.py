@@ -44,15 +44,10 @@ def plain(thing: Any, method: str, *given: Any) -> dict[str, Any]:
     with naming(thing, method):
         found: dict[str, Any] = getattr(thing, method)(*given)
         if is_users(thing):
-            check_plain(thing, method, found)
+            if not isinstance(found, dict):
+                raise UserError(f"{_name(thing)}.{method}: gave {_short(found)}; a dict is wanted")
+            json.dumps(found, allow_nan=False)
     return found
-
-
-def check_plain(thing: Any, method: str, found: Any) -> None:
-    """Raises `UserError` where `found` is no dict, and what `json` raises where it is not plain."""
-    if not isinstance(found, dict):
-        raise UserError(f"{_name(thing)}.{method}: gave {_short(found)}; a dict is wanted")
-    json.dumps(found, allow_nan=False)
 
 
 def continued(
