@@ -106,8 +106,13 @@ def version() -> str:
         return "not installed"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+def main(argv: Sequence[str] | None = None, ends: bool = False) -> int:
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
+
+    Args:
+        argv: the command and its arguments; those of this process if they are not given.
+        ends: this process ends with the command, as it does where `argv` is not given.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), file=sys.stdout if arguments else sys.stderr)
@@ -120,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `{near[0]}`?" if near else f"commands are {', '.join(COMMANDS)}"
         return _complain(f"error: no command `{arguments[0]}`; {hint}", USAGE)
     try:
-        return _dispatch(arguments[0], arguments[1:])
+        return _dispatch(arguments[0], arguments[1:], ends or argv is None)
     except KeyboardInterrupt as stop:
         return _complain(f"interrupted; {stop}" if str(stop) else "interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -136,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"error: {message}", USAGE)
 
 
-def _dispatch(name: str, arguments: list[str]) -> int:
+def _dispatch(name: str, arguments: list[str], ends: bool) -> int:
     if "--offline" in arguments:
         # Read by huggingface_hub and datasets when they are imported, so before any command is.
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -152,6 +157,10 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     try:
         return getattr(importlib.import_module(module), function)(arguments)
     finally:
+        if ends and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            # SLURM's warning may come while a finished process ends, which takes a second: it would be killed, and its
+            # job read FAILED.
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 

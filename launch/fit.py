@@ -358,4 +358,4 @@ def validate(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     from launch.cli import main
 
-    sys.exit(main(["fit", *sys.argv[1:]]))
+    sys.exit(main(["fit", *sys.argv[1:]], ends=True))

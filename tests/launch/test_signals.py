@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,22 @@ def while_loading(monkeypatch):
         monkeypatch.setattr(trainer.module, "load_policy", load_policy)
 
     return signalled
+
+
+ENDS = """
+import os, signal, sys
+from launch.cli import main
+sys.argv = ["tandem", *sys.argv[1:]]
+status = main()
+os.kill(os.getpid(), signal.SIGUSR1)
+sys.exit(status)
+"""
+
+
+def test_a_warning_that_comes_after_the_end_does_not_fail_the_job(words) -> None:
+    """Python takes a second to end once torch is loaded, and SLURM does not know that the run is over."""
+    done = subprocess.run([sys.executable, "-c", ENDS, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def manifest(folder: Path) -> dict:
