@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import pytest
 import yaml
 
 from launch.scratch.lessons import Lessons, write_lessons
-from tests.launch.helpers import ROOT
+from tests.launch.helpers import ROOT, killed_when
 from tests.pairs import opinionated
 from trainer.pairs.instructions import InstructionPrompts
 from trainer.pairs.rubric import RUBRIC
@@ -36,19 +33,6 @@ def ran(recipe: str, output: Path, **names: Any) -> str:
     )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return found.stdout
-
-
-def kill_once(there: Path, recipe: str, output: Path, **names: Any) -> None:
-    """Start `tandem run`; once the path is there, kill it and its stage at the same moment."""
-    with open(output.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            command(recipe, output, **names), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
-        while not there.exists():
-            assert process.poll() is None, Path(log.name).read_text()[-3000:]
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture
@@ -134,7 +118,7 @@ def test_oasst_ru_from_scratch(tmp_path: Path) -> None:
         "judge_steps": 30,
         "dpo_steps": 40,
     }
-    kill_once(out / "dpo" / "checkpoints" / "last", "configs/oasst_ru/tiny.yaml", out, **names)
+    killed_when(command("configs/oasst_ru/tiny.yaml", out, **names), out, "dpo/checkpoints/last", cwd=ROOT)
     told = ran("configs/oasst_ru/tiny.yaml", out, **names)
     assert "oasst_ru_tiny: finished" in told
     assert told.count("done before, skipped") == 8

@@ -217,8 +217,6 @@ def test_torchrun_s_restarts_that_cannot_work_are_refused() -> None:
 @pytest.mark.alone
 def test_a_recipe_passes_the_warning_on_and_goes_on_later(tmp_path, tiny_llama) -> None:
     """`tandem run` in a job that is warned of its time limit."""
-    import subprocess
-
     config = fit_config(
         tmp_path, tiny_llama, steps=60, callbacks=[{"class_path": "tests.soak.jitter.Jitter"}]
     )

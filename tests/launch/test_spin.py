@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -22,7 +18,7 @@ from safetensors.torch import load_file
 
 from launch.cli import main
 from launch.self_play_lineage import interval
-from tests.launch.helpers import ROOT
+from tests.launch.helpers import ROOT, killed_when
 from tests.policy.test_load import save_plain
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -292,30 +288,6 @@ def test_all_iterations_killed_anywhere_and_run_again(ready, tiny_llama):
         killed_when(command, ready, f"killed/{sign}")
     run(command, ready)
     assert adapter_of(ready / "killed") == adapter_of(ready / "whole")
-
-
-def killed_when(command: list[str], folder: Path, sign: str, runner_only: bool = False) -> None:
-    """Start it, and kill it as soon as something is there: all its processes, or itself, whom they then follow."""
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        while process.poll() is None and not list(folder.glob(sign)):
-            time.sleep(0.02)
-        assert process.poll() is None, f"it ended before there was {sign}"
-        if runner_only:
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            assert not psutil.wait_procs(started, 60)[1], "a step goes on without the loop"
-    finally:  # also where the test itself runs out of time
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.slow

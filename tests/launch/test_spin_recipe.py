@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from launch.cli import main
-from tests.launch.helpers import ROOT
-from tests.launch.test_spin import PEFT, adapter_of, config, killed_when, loop, run
+from tests.launch.helpers import ROOT, killed_when
+from tests.launch.test_spin import PEFT, adapter_of, config, loop, run
 from tests.policy.test_load import save_plain
 
 CONFIGS = ROOT / "configs"

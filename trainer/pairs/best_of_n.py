@@ -16,7 +16,7 @@ from trainer.pairs.building import Pair, PairBuilder
 from trainer.pairs.candidates import CandidateFile
 from trainer.pairs.continuations import Continuation, Generator, as_chat
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
-from trainer.pairs.users import continued, generator_described, naming
+from trainer.pairs.users import continued, naming, plain
 from trainer.rewards import Reward, described, scored
 from trainer.schema import UserError
 
@@ -126,7 +126,7 @@ class BestOfN(PairBuilder):
     def describe(self) -> dict[str, Any]:
         made: dict[str, Any] = {
             "class": type(self).__qualname__,
-            "generator": generator_described(self.generator),
+            "generator": plain(self.generator, "describe"),
         }
         if not isinstance(self.generator, CandidateFile):
             made |= {"n": self.n, "sampling": dataclasses.asdict(self.sampling)}

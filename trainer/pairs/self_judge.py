@@ -28,7 +28,7 @@ from trainer.pairs.judging import findings
 from trainer.pairs.prompts import Prompt, Prompts, PromptSource
 from trainer.pairs.rubric import RECORDED, RUBRIC, Rubric
 from trainer.pairs.scoring import Mark, marks
-from trainer.pairs.users import continued, generator_described, naming
+from trainer.pairs.users import continued, naming, plain
 from trainer.schema import UserError
 
 Way = Literal["together", "apart"]
@@ -143,10 +143,10 @@ class SelfJudge(PairBuilder):
 
     @override
     def rows(self, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
-        plain = {prompt.key: prompt for prompt in prompts}
+        instructions = {prompt.key: prompt for prompt in prompts}
         asked = [Prompt(each.key, self.rubric.asked(each.text, self.form)) for each in prompts]
         for batch in continued(self.generator, asked, self.n, self.sampling):
-            yield [self._row(plain[prompt.key], texts) for prompt, texts in batch]
+            yield [self._row(instructions[prompt.key], texts) for prompt, texts in batch]
 
     def _row(self, prompt: Prompt, texts: list[Continuation]) -> Row:
         candidates = [self._read(each) if self.way == "together" else _plain(_bare(each)) for each in texts]
@@ -250,7 +250,7 @@ class SelfJudge(PairBuilder):
     def describe(self) -> dict[str, Any]:
         return {
             "class": type(self).__qualname__,
-            "generator": generator_described(self.generator),
+            "generator": plain(self.generator, "describe"),
             "rubric": self.rubric.describe(),
             "way": self.way,
             "form": self.form,

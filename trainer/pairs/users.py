@@ -34,11 +34,6 @@ def is_users(thing: Any) -> bool:
     return type(thing).__module__.partition(".")[0] not in _OURS
 
 
-def generator_described(generator: Generator) -> dict[str, Any]:
-    """What a generator says of itself. Raises `UserError` where a user's fails, or gives what is no plain JSON."""
-    return plain(generator, "describe")
-
-
 def plain(thing: Any, method: str, *given: Any) -> dict[str, Any]:
     """What a method gives, which has to be a dict in plain JSON."""
     with naming(thing, method):
